@@ -1,0 +1,35 @@
+# Every target does its own set-up, once: the stamp file below is rebuilt only when pyproject.toml changes.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help install demo test check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP)  ## a virtual environment with lit-accel and everything it needs
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"lit-accel needs Python 3.11 to 3.13; this is {v[0]}.{v[1]}. Run: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train a small GPT densely and by V-cycle on real text; writes runs/demo
+	$(BIN)/python scripts/demo.py
+
+test: $(STAMP)  ## the tests, two-process ones included
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, format and type check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# The type checker knows nothing of package-dir: show it the package as it is installed.
+	@rm -rf .typecheck && mkdir -p .typecheck/lit_accel
+	@ln -s $(CURDIR)/lit_accel/* .typecheck/lit_accel/ && ln -s $(CURDIR)/strategies .typecheck/lit_accel/strategies
+	cd .typecheck && $(CURDIR)/$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p lit_accel
+
+clean:  ## remove the environment, caches and runs
+	rm -rf $(VENV) .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache runs build *.egg-info
