@@ -1,0 +1,26 @@
+"""What a model is made of: residual blocks, named axes, tied parameters. One file a family, as data."""
+
+# Importing a family registers it; none of them imports its model library.
+from lit_accel.anatomy import bert, gpt2, llama  # noqa: F401
+from lit_accel.anatomy.axes import Axis, Dim, parse_layout
+from lit_accel.anatomy.base import Anatomy, AnatomyError, Attention, Block, ParameterLayout, Size
+from lit_accel.anatomy.build import build_resized, compile_blocks, uses_activation_checkpointing
+from lit_accel.anatomy.registry import anatomy_of, find_transformer, register_anatomy
+
+__all__ = [
+    "Anatomy",
+    "AnatomyError",
+    "Attention",
+    "Axis",
+    "Block",
+    "Dim",
+    "ParameterLayout",
+    "Size",
+    "anatomy_of",
+    "build_resized",
+    "compile_blocks",
+    "find_transformer",
+    "parse_layout",
+    "register_anatomy",
+    "uses_activation_checkpointing",
+]

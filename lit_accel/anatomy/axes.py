@@ -1,0 +1,81 @@
+"""Named axes: what each dimension of a parameter *is*, so that nobody has to guess it from a size.
+
+A layout is written as one string a parameter, dimensions in storage order, separated by commas::
+
+    "vocab, embed"                                  an embedding table
+    "kv_heads*head_dim, in:embed"                   the weight of a Linear: (out_features, in_features)
+    "in:embed, heads*head_dim + heads*head_dim"     a fused projection stored input first
+
+``*`` is a product of axes (row-major), ``+`` a concatenation, an integer an unnamed axis that no method
+touches, and ``in:`` marks the dimension that a matrix product sums over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A named dimension of a model, such as ``embed`` with 768 entries.
+
+    Args:
+        name: The name; the same name means the same index set wherever it occurs.
+        size: The number of entries.
+    """
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension of a parameter: a concatenation of products of axes.
+
+    Args:
+        chunks: The concatenated parts; each is a row-major product of axis names and plain integers.
+        is_input: Whether a matrix product sums over this dimension.
+    """
+
+    chunks: tuple[tuple[str | int, ...], ...]
+    is_input: bool = False
+
+    def chunk_shape(self, chunk: int, axes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the sizes of the factors of one chunk."""
+        return tuple(axes[factor] if isinstance(factor, str) else factor for factor in self.chunks[chunk])
+
+    def chunk_sizes(self, axes: Mapping[str, int]) -> list[int]:
+        """Return the length of each chunk along this dimension."""
+        return [math.prod(self.chunk_shape(index, axes)) for index in range(len(self.chunks))]
+
+    def size(self, axes: Mapping[str, int]) -> int:
+        """Return the length of this dimension for the given axis sizes."""
+        return sum(self.chunk_sizes(axes))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of all axes in this dimension."""
+        return frozenset(factor for chunk in self.chunks for factor in chunk if isinstance(factor, str))
+
+
+def parse_layout(layout: str) -> tuple[Dim, ...]:
+    """Read a layout string, such as ``"in:embed, heads*head_dim + heads*head_dim"``.
+
+    Args:
+        layout: See the head of this module.
+
+    Returns:
+        One :class:`Dim` a dimension, in storage order.
+    """
+    dims = []
+    for text in layout.split(","):
+        text = text.strip()
+        is_input = text.startswith("in:")
+        chunks = tuple(
+            tuple(int(factor) if factor.strip().isdigit() else factor.strip() for factor in chunk.split("*"))
+            for chunk in text.removeprefix("in:").split("+")
+        )
+        dims.append(Dim(chunks, is_input))
+    return tuple(dims)

@@ -1,0 +1,253 @@
+"""The anatomy of a model: its blocks, the named axes of its parameters, and how to build it at another size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from lit_accel.anatomy.axes import Axis, Dim
+
+Residual = Literal["pre_norm", "post_norm", "res_post_norm"]
+
+
+class AnatomyError(ValueError):
+    """A model, parameter or size that the anatomy cannot describe."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the cost of a block's attention depends on, besides its matrices.
+
+    Args:
+        heads: The axes whose product is the number of query heads.
+        head_dim: The axis of one head's features.
+        causal: Whether a token attends only to itself and to earlier ones.
+        window: How many tokens back a token sees, itself included; ``None`` for all.
+    """
+
+    heads: tuple[str, ...]
+    head_dim: str
+    causal: bool
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block.
+
+    Args:
+        path: The block's name in the model, such as ``"transformer.h.3"``.
+        stage: Blocks of one stage have the same shapes; depth changes stay within a stage.
+        residual: Where the block's normalisation stands: before the branch (``pre_norm``), after the addition
+            (``post_norm``) or on the branch's output before the addition (``res_post_norm``).
+        attention: What its attention costs.
+        token_dims: For each argument of the block's forward that has token axes, which dimensions these are.
+        branch_outputs: The parameters, named within the block, that are last in a residual branch: scaling
+            them scales what the branch adds.
+    """
+
+    path: str
+    stage: int
+    residual: Residual
+    attention: Attention
+    token_dims: Mapping[str, tuple[int, ...]]
+    branch_outputs: frozenset[str]
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """What is known about one parameter.
+
+    Args:
+        dims: Its dimensions, in storage order.
+        fold: An axis whose reduction factor this parameter carries. Where an embedding is tied to the head, the
+            sum over ``embed`` in the logits grows with the width; the last norm before the head takes that
+            factor, so that the tied table itself needs none.
+        applied: How often a matrix is applied: to every ``token``, once a ``sequence``, or never as a product
+            (``lookup``).
+        block: The index of the block it belongs to, or ``None``.
+    """
+
+    dims: tuple[Dim, ...]
+    fold: str | None = None
+    applied: Literal["token", "sequence", "lookup"] = "token"
+    block: int | None = None
+
+    def shape(self, axes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the parameter's shape for the given axis sizes."""
+        return tuple(dim.size(axes) for dim in self.dims)
+
+    def numel(self, axes: Mapping[str, int]) -> int:
+        """Return the number of entries for the given axis sizes."""
+        return math.prod(self.shape(axes))
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the parameter takes part in a matrix product."""
+        return self.applied != "lookup" and any(dim.is_input for dim in self.dims)
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a model: axis sizes, and the number of blocks of each stage.
+
+    Args:
+        axes: Sizes by axis name.
+        depths: Number of blocks a stage.
+    """
+
+    axes: Mapping[str, int]
+    depths: tuple[int, ...]
+
+    def to_state(self) -> dict[str, Any]:
+        """Return the size as plain dictionaries, lists and integers, for a checkpoint."""
+        return {"axes": dict(self.axes), "depths": list(self.depths)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Size:
+        """Read what :meth:`to_state` wrote."""
+        return cls(dict(state["axes"]), tuple(state["depths"]))
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Everything that the methods and the accounting need to know about a model; holds no tensor of it.
+
+    Args:
+        family: The name of the family, such as ``"gpt2"``.
+        size: Axis sizes and depths.
+        blocks: The residual blocks, in order.
+        parameters: The layout of every parameter, by the name that ``named_parameters`` gives it.
+        tied: Groups of names that are one tensor.
+        tied_heads: Parameters that are looked up as embeddings and, besides, applied to every token as a matrix.
+        width_axes: What shrinks with the width. Each entry is divided by the factor; where it lists several
+            axes, the first takes as much of the factor as divides it and the next takes the rest.
+        build: Builds a model of the same class at another size: ``build(model, size)``. Its parameters are
+            not initialised.
+        input_shape: ``(num_sequences, num_tokens)`` of a forward call, from its ``args`` and ``kwargs``.
+    """
+
+    family: str
+    size: Size
+    blocks: tuple[Block, ...]
+    parameters: Mapping[str, ParameterLayout]
+    tied: tuple[tuple[str, ...], ...]
+    tied_heads: tuple[str, ...]
+    width_axes: tuple[tuple[str, ...], ...]
+    build: Callable[[nn.Module, Size], nn.Module] = field(compare=False, repr=False)
+    input_shape: Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[int, int]] = field(
+        compare=False, repr=False
+    )
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The named axes with their sizes."""
+        return tuple(Axis(name, size) for name, size in self.size.axes.items())
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of parameters, tied ones once."""
+        return sum(layout.numel(self.size.axes) for layout in self.parameters.values())
+
+    def split_name(self, name: str) -> tuple[Block | None, str]:
+        """Split a parameter's name into its block, if any, and the name within it."""
+        index = self.parameters[name].block
+        if index is None:
+            return None, name
+        block = self.blocks[index]
+        return block, name.removeprefix(f"{block.path}.")
+
+    def is_branch_output(self, name: str) -> bool:
+        """Whether scaling this parameter scales what a residual branch adds."""
+        block, local = self.split_name(name)
+        return block is not None and local in block.branch_outputs
+
+    def width_factors(self, factor: int) -> dict[str, int]:
+        """Choose the axes that a width reduction by ``factor`` divides.
+
+        Args:
+            factor: At least 1.
+
+        Returns:
+            ``{axis: divisor}`` for every axis that is reduced; empty for factor 1.
+
+        Raises:
+            AnatomyError: If an axis cannot be divided by the factor.
+        """
+        chosen: dict[str, int] = {}
+        for alternatives in self.width_axes:
+            remaining = factor
+            for axis in alternatives:
+                divisor = math.gcd(remaining, self.size.axes[axis])
+                if divisor > 1:
+                    chosen[axis] = divisor
+                    remaining //= divisor
+            if remaining > 1:
+                sizes = ", ".join(f"{axis} is {self.size.axes[axis]}" for axis in alternatives)
+                raise AnatomyError(
+                    f"The width of this {self.family} model cannot be divided by {factor}: {sizes}. Choose a width "
+                    "factor that divides it, or a model whose width has this divisor."
+                )
+        return chosen
+
+    def reduced(self, width: int = 1, depth: int | Sequence[int] = 1) -> Size:
+        """Return the size after dividing width and depth.
+
+        Args:
+            width: What to divide the width by; heads keep their ``head_dim``.
+            depth: What to divide the number of blocks by: one number, or one a stage.
+
+        Raises:
+            AnatomyError: If a size is no multiple of its divisor.
+        """
+        axes = dict(self.size.axes)
+        for axis, factor in self.width_factors(width).items():
+            axes[axis] //= factor
+        factors = [depth] * len(self.size.depths) if isinstance(depth, int) else list(depth)
+        for stage, (num_blocks, factor) in enumerate(zip(self.size.depths, factors, strict=True)):
+            if num_blocks % factor:
+                where = f" of stage {stage}" if len(factors) > 1 else ""
+                raise AnatomyError(
+                    f"The depth{where} of this {self.family} model, {num_blocks} blocks, cannot be divided by "
+                    f"{factor}. Choose a depth factor that divides it."
+                )
+        depths = tuple(num // factor for num, factor in zip(self.size.depths, factors, strict=True))
+        return Size(axes, depths)
+
+    def at(self, size: Size) -> Anatomy:
+        """Return the anatomy of the same model at another size, without building it.
+
+        Blocks of a stage are alike, so each new block takes its description from the block of the same stage
+        that stands at the same place in proportion.
+        """
+        old_blocks = [[b for b in self.blocks if b.stage == stage] for stage in range(len(self.size.depths))]
+        sources = [
+            stage_blocks[index * len(stage_blocks) // depth]
+            for stage_blocks, depth in zip(old_blocks, size.depths, strict=True)
+            for index in range(depth)
+        ]
+        paths = _block_paths(self.blocks, size.depths)
+        position = {block.path: index for index, block in enumerate(self.blocks)}
+        parameters = {name: p for name, p in self.parameters.items() if p.block is None}
+        by_block: dict[int, dict[str, ParameterLayout]] = {}
+        for name, layout in self.parameters.items():
+            if layout.block is not None:
+                by_block.setdefault(layout.block, {})[self.split_name(name)[1]] = layout
+        for index, (path, source) in enumerate(zip(paths, sources, strict=True)):
+            for local, layout in by_block[position[source.path]].items():
+                parameters[f"{path}.{local}"] = replace(layout, block=index)
+        blocks = tuple(replace(source, path=path) for path, source in zip(paths, sources, strict=True))
+        return replace(self, size=size, blocks=blocks, parameters=parameters)
+
+
+def _block_paths(blocks: Sequence[Block], depths: Sequence[int]) -> list[str]:
+    """Return the paths of the blocks of a model of other depths: containers stay, only the counts change."""
+    paths = []
+    for stage, depth in enumerate(depths):
+        container = next(block.path for block in blocks if block.stage == stage).rpartition(".")[0]
+        paths += [f"{container}.{index}" for index in range(depth)]
+    return paths

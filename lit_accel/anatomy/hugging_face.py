@@ -1,0 +1,184 @@
+"""What all Hugging Face families share: reading a table of layouts against a model, and rebuilding from a config."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from lit_accel.anatomy.axes import parse_layout
+from lit_accel.anatomy.base import Anatomy, AnatomyError, Attention, Block, ParameterLayout, Residual, Size
+from lit_accel.anatomy.build import build_without_init
+
+
+@dataclass(frozen=True)
+class HuggingFaceFamily:
+    """A Hugging Face family, as data.
+
+    Args:
+        name: The family's name.
+        container: The path of the list of blocks within the base model.
+        block: Layouts of a block's parameters, by their names within it.
+        body: Layouts of the base model's other parameters.
+        heads: Layouts of the parameters outside the base model.
+        fold: Parameters of the last norm before a tied head, by full name; they carry the head's width factor.
+        per_sequence: Parameters that are applied once a sequence rather than once a token.
+        embedding: The table, within the base model, that a head may be tied to.
+        residual: The form of the residual blocks.
+        branch_outputs: See :class:`~lit_accel.anatomy.base.Block`.
+        token_dims: See :class:`~lit_accel.anatomy.base.Block`.
+        width_axes: See :class:`~lit_accel.anatomy.base.Anatomy`.
+        axes: The axis sizes that a config stands for.
+        attention: The attention of the block of an index, from the config.
+        resize: Writes a size into a (copied) config.
+    """
+
+    name: str
+    container: str
+    block: Mapping[str, str]
+    body: Mapping[str, str]
+    heads: Mapping[str, str]
+    fold: tuple[str, ...]
+    per_sequence: frozenset[str]
+    embedding: str
+    residual: Residual
+    branch_outputs: frozenset[str]
+    token_dims: Mapping[str, tuple[int, ...]]
+    width_axes: tuple[tuple[str, ...], ...]
+    axes: Callable[[Any], dict[str, int]]
+    attention: Callable[[Any, int], Attention]
+    resize: Callable[[Any, Size], None]
+
+    def describe(self, model: nn.Module) -> Anatomy:
+        """Return the anatomy of a model of this family.
+
+        Raises:
+            AnatomyError: If the model has a parameter without a layout, or of another shape than its layout says.
+        """
+        config = model.config
+        axes = self.axes(config)
+        num_blocks = config.num_hidden_layers
+        base: Any = getattr(model, "base_model_prefix", "")
+        prefix = f"{base}." if isinstance(getattr(model, base, None), nn.Module) else ""
+        container = f"{prefix}{self.container}"
+        blocks = tuple(
+            Block(
+                path=f"{container}.{index}",
+                stage=0,
+                residual=self.residual,
+                attention=self.attention(config, index),
+                token_dims=self.token_dims,
+                branch_outputs=self.branch_outputs,
+            )
+            for index in range(num_blocks)
+        )
+        tied = _tied_groups(model)
+        tied_names = {name for group in tied for name in group}
+        embedding = f"{prefix}{self.embedding}"
+        is_tied = embedding in tied_names
+
+        parameters = {}
+        for name, parameter in model.named_parameters():
+            text, block = self._layout_text(name, prefix, container)
+            if text is None:
+                raise AnatomyError(
+                    f"The parameter {name!r} {tuple(parameter.shape)} of {type(model).__name__} has no layout in the "
+                    f"family {self.name!r}. If the model was modified (adapters, extra heads), apply lit-accel before "
+                    "that; otherwise add its layout and register the class with "
+                    "lit_accel.anatomy.register_anatomy."
+                )
+            dims = parse_layout(text)
+            applied: Literal["token", "sequence", "lookup"] = "token"
+            if name in self.per_sequence:
+                applied = "sequence"
+            elif not any(dim.is_input for dim in dims):
+                applied = "lookup"
+            layout = ParameterLayout(
+                dims=dims,
+                fold="embed" if is_tied and name in self.fold else None,
+                applied=applied,
+                block=block,
+            )
+            if layout.shape(axes) != tuple(parameter.shape):
+                raise AnatomyError(
+                    f"The parameter {name!r} of {type(model).__name__} has the shape {tuple(parameter.shape)}, but its "
+                    f"layout {text!r} and the config give {layout.shape(axes)}. The config and the weights disagree."
+                )
+            parameters[name] = layout
+        if is_tied and not any(layout.fold for layout in parameters.values()):
+            raise AnatomyError(
+                f"{type(model).__name__} ties its head to {embedding!r}, but none of {self.fold} is there to carry the "
+                "factor of a width change."
+            )
+        unknown_buffers = sorted(set(model.state_dict()) - set(parameters) - tied_names)
+        if unknown_buffers:
+            raise AnatomyError(
+                f"{type(model).__name__} keeps buffers in its state dict that the family {self.name!r} knows nothing "
+                f"of: {', '.join(unknown_buffers)}."
+            )
+        return Anatomy(
+            family=self.name,
+            size=Size(axes, (num_blocks,)),
+            blocks=blocks,
+            parameters=parameters,
+            tied=tied,
+            tied_heads=(embedding,) if is_tied else (),
+            width_axes=self.width_axes,
+            build=self._build,
+            input_shape=_input_shape,
+        )
+
+    def _layout_text(self, name: str, prefix: str, container: str) -> tuple[str | None, int | None]:
+        if name.startswith(f"{container}."):
+            index, _, local = name.removeprefix(f"{container}.").partition(".")
+            return self.block.get(local), int(index)
+        if name.startswith(prefix) and (text := self.body.get(name.removeprefix(prefix))) is not None:
+            return text, None
+        return self.heads.get(name), None
+
+    def _build(self, model: nn.Module, size: Size) -> nn.Module:
+        config = copy.deepcopy(model.config)
+        self.resize(config, size)
+        resized = build_without_init(lambda: type(model)(config))
+        generation_config = getattr(model, "generation_config", None)
+        if generation_config is not None:
+            resized.generation_config = copy.deepcopy(generation_config)
+        return resized
+
+
+def resized_layer_types(config: Any, num_blocks: int) -> None:
+    """Shorten or lengthen ``config.layer_types``, which names the attention of each block.
+
+    Raises:
+        AnatomyError: If blocks of different types would be merged.
+    """
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return
+    if len(set(layer_types)) > 1:
+        raise AnatomyError(
+            f"The blocks of this model attend in different ways ({', '.join(sorted(set(layer_types)))}), so its depth "
+            "cannot be changed by merging them. Use depth factor 1."
+        )
+    config.layer_types = [layer_types[0]] * num_blocks
+
+
+def _tied_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
+
+
+def _input_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    inputs = kwargs.get("input_ids")
+    if inputs is None:
+        inputs = kwargs.get("inputs_embeds")
+    if inputs is None and args:
+        inputs = args[0]
+    if inputs is None:
+        raise AnatomyError("The forward call had neither input_ids nor inputs_embeds: its tokens cannot be counted.")
+    return inputs.shape[0], inputs.shape[1]

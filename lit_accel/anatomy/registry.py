@@ -1,0 +1,124 @@
+"""Which anatomy belongs to which model class, and where in a module the transformer is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from lit_accel.anatomy.base import Anatomy, AnatomyError
+
+Describe = Callable[[nn.Module], Anatomy]
+
+# Classes are registered by their qualified name, so that no model library is imported before it is used.
+_DESCRIBE: dict[str, Describe] = {}
+_FAMILIES: dict[str, list[str]] = {}
+
+
+def _qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def register_anatomy(family: str, classes: Iterable[type | str]) -> Callable[[Describe], Describe]:
+    """Register the function that describes a family of models.
+
+    Args:
+        family: The family's name, as messages and :attr:`Anatomy.family` show it.
+        classes: The model classes, or their qualified names (``"package.module.Class"``). Subclasses are found
+            through their bases. Registering a class again replaces its anatomy.
+
+    Returns:
+        A decorator for a function ``describe(model) -> Anatomy``.
+
+    Example::
+
+        @register_anatomy("my_gpt", [MyGPT])
+        def describe(model: MyGPT) -> Anatomy: ...
+    """
+
+    def decorate(describe: Describe) -> Describe:
+        for cls in classes:
+            name = cls if isinstance(cls, str) else _qualified_name(cls)
+            _DESCRIBE[name] = describe
+            names = _FAMILIES.setdefault(family, [])
+            if name not in names:
+                names.append(name)
+        return describe
+
+    return decorate
+
+
+def _describe_function(model: nn.Module) -> Describe | None:
+    for cls in type(model).__mro__:
+        if (describe := _DESCRIBE.get(_qualified_name(cls))) is not None:
+            return describe
+    return None
+
+
+def _known_families() -> str:
+    lines = [
+        f"  {family}: {', '.join(name.rpartition('.')[2] for name in names)}"
+        for family, names in sorted(_FAMILIES.items())
+    ]
+    return "\n".join(lines)
+
+
+def _unknown(what: str) -> AnatomyError:
+    return AnatomyError(
+        f"{what}\nKnown families:\n{_known_families()}\n"
+        "To add a model, write a function that returns its lit_accel.anatomy.Anatomy and decorate it with "
+        '@lit_accel.anatomy.register_anatomy("my_family", [MyModel]).'
+    )
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    """Describe a model: its blocks, the axes of its parameters, and how to build it at another size.
+
+    Args:
+        model: A model of a registered class, such as a Hugging Face ``GPT2LMHeadModel``.
+
+    Returns:
+        Its anatomy. It holds no reference to the model's tensors.
+
+    Raises:
+        AnatomyError: If the class is unknown, or a parameter has no declared layout.
+    """
+    describe = _describe_function(model)
+    if describe is None:
+        raise _unknown(f"No anatomy is registered for {_qualified_name(type(model))}.")
+    return describe(model)
+
+
+def find_transformer(module: nn.Module) -> tuple[str, nn.Module]:
+    """Find the one transformer inside a module, such as the network of a LightningModule.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The path and the outermost submodule with a registered anatomy. The path is never empty: the
+        transformer must be replaceable.
+
+    Raises:
+        AnatomyError: If there is none, or more than one.
+    """
+    found: list[tuple[str, nn.Module]] = []
+
+    def visit(path: str, child: nn.Module) -> None:
+        if path and _describe_function(child) is not None:
+            found.append((path, child))
+            return
+        for name, grandchild in child.named_children():
+            visit(f"{path}.{name}" if path else name, grandchild)
+
+    visit("", module)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        paths = ", ".join(f"{path} ({type(child).__name__})" for path, child in found)
+        raise AnatomyError(
+            f"{type(module).__name__} holds {len(found)} transformers: {paths}. lit-accel works on exactly one: keep "
+            "the others outside the module, for example in a plain list."
+        )
+    children = ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children()) or "nothing"
+    raise _unknown(f"No transformer with a registered anatomy is inside {type(module).__name__}; it holds {children}.")

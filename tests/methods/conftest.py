@@ -1,0 +1,28 @@
+"""Double precision all the way: the RMS norms of Hugging Face compute in single precision whatever they are given."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+
+def _in_double(original):
+    def forward(self, hidden_states):
+        if hidden_states.dtype != torch.float64:
+            return original(self, hidden_states)
+        variance = hidden_states.square().mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+    return forward
+
+
+@pytest.fixture(autouse=True, scope="package")
+def rms_norms_in_double():
+    with pytest.MonkeyPatch.context() as patch:
+        for package, prefix in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3")):
+            module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
+            norm = getattr(module, f"{prefix}RMSNorm")
+            patch.setattr(norm, "forward", _in_double(norm.forward))
+        yield

@@ -1,0 +1,258 @@
+"""The algebra of coalescing, de-coalescing and interpolation, on every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_accel.anatomy import AnatomyError, anatomy_of, build_resized
+from lit_accel.methods.multilevel import Interpolation, coalesce, decoalesce, interpolate, level_map
+from tests.models import ZOO, make_model, outputs, relative_error, tokens
+
+DECODERS = [name for name in ZOO if "bert" not in name]
+
+
+def small_and_map(name, *, width=2, depth=1, dtype=torch.float64, **options):
+    """A trained-looking small model, and the map from the large model it belongs to."""
+    large = make_model(name, dtype=dtype)
+    lm = level_map(anatomy_of(large), width=width, depth=depth, **options)
+    small = build_resized(large, lm.large, lm.small.size)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + 0.1)
+    return small, lm
+
+
+def parameters(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(ZOO)),
+    factor=st.sampled_from([2, 3, 4]),
+    depth_factor=st.sampled_from([1, 2, 3, 4]),
+    width_grouping=st.sampled_from(["block", "adjacent"]),
+    depth_grouping=st.sampled_from(["adjacent", "stack"]),
+    depth_mode=st.sampled_from(["avg", "ode", "zero"]),
+    head_dim=st.sampled_from([2, 4]),
+    ffn=st.sampled_from([24, 60]),
+)
+def test_coalescing_undoes_decoalescing(
+    name, factor, depth_factor, width_grouping, depth_grouping, depth_mode, head_dim, ffn
+):
+    if depth_mode == "zero" and "bert" in name:
+        depth_mode = "ode"
+    with torch.device("meta"):
+        anatomy = anatomy_of(make_model(name, head_dim=head_dim, ffn=ffn))
+    lm = level_map(
+        anatomy,
+        width=factor,
+        depth=depth_factor,
+        width_grouping=width_grouping,
+        depth_grouping=depth_grouping,
+        depth_mode=depth_mode,
+    )
+    generator = torch.Generator().manual_seed(0)
+    small = {
+        key: torch.randn(layout.shape(lm.small.size.axes), generator=generator, dtype=torch.float64)
+        for key, layout in lm.small.parameters.items()
+    }
+    grown = decoalesce(small, lm)
+    assert {key: value.shape for key, value in grown.items()} == {
+        key: layout.shape(anatomy.size.axes) for key, layout in anatomy.parameters.items()
+    }
+    back = coalesce(grown, lm)
+    for key, value in small.items():
+        assert (back[key] - value).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("grouping", ["block", "adjacent"])
+def test_growing_the_width_preserves_the_function(name, factor, grouping):
+    small, lm = small_and_map(name, width=factor, width_grouping=grouping)
+    large = decoalesce(small, lm)
+    for actual, expected in zip(outputs(large, tokens(large)), outputs(small, tokens(small)), strict=True):
+        if actual.shape != expected.shape:  # hidden states: the small ones, each repeated
+            if grouping == "block":
+                expected = expected.repeat(*(1,) * (expected.ndim - 1), factor)
+            else:
+                expected = expected.repeat_interleave(factor, dim=-1)
+        assert relative_error(actual, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["gpt2-tied", "gpt2-untied", "bert-mlm", "llama", "llama-gqa", "llama-gqa-tied"])
+def test_growing_the_width_preserves_the_function_in_single_precision(name):
+    small, lm = small_and_map(name, dtype=torch.float32)
+    large = decoalesce(small, lm)
+    for actual, expected in zip(outputs(large, tokens(large)), outputs(small, tokens(small)), strict=True):
+        assert relative_error(actual, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("grouping", ["adjacent", "stack"])
+def test_growing_the_depth_by_empty_branches_preserves_the_function(name, grouping):
+    small, lm = small_and_map(name, width=1, depth=3, depth_mode="zero", depth_grouping=grouping)
+    large = decoalesce(small, lm)
+    for actual, expected in zip(outputs(large, tokens(large)), outputs(small, tokens(small)), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_growing_the_depth_by_copies_changes_the_function():
+    small, lm = small_and_map("gpt2-tied", width=1, depth=2, depth_mode="avg")
+    large = decoalesce(small, lm)
+    actual, expected = (outputs(model, tokens(small))[0] for model in (large, small))
+    assert relative_error(actual, expected) > 1e-2
+
+
+def test_unfolded_tied_head_would_change_the_function():
+    """The factor that the last norm carries is needed: without it the logits are twice too large."""
+    small, lm = small_and_map("gpt2-tied")
+    large = decoalesce(small, lm)
+    with torch.no_grad():
+        large.transformer.ln_f.weight.mul_(2)
+        large.transformer.ln_f.bias.mul_(2)
+    actual, expected = (outputs(model, tokens(small))[0] for model in (large, small))
+    assert relative_error(actual, expected) > 0.5
+
+
+def test_empty_branches_are_refused_for_post_norm_blocks():
+    with pytest.raises(AnatomyError, match="normalised after the addition"):
+        level_map(anatomy_of(make_model("bert-mlm")), depth_mode="zero")
+
+
+@pytest.mark.parametrize(("argument", "value"), [("width", 5), ("depth", 5)])
+def test_a_factor_that_does_not_divide_is_refused(argument, value):
+    with pytest.raises(AnatomyError, match="cannot be divided by 5"):
+        level_map(anatomy_of(make_model("gpt2-tied")), **{argument: value})
+
+
+def test_an_unknown_grouping_is_refused():
+    with pytest.raises(ValueError, match="'block', 'adjacent'"):
+        level_map(anatomy_of(make_model("gpt2-tied")), width_grouping="random")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize(("coarse", "fine"), [(0.25, 0.25), (0.5, 0.5), (1.0, 0.0), (1.0, 0.5), (0.3, 0.8)])
+def test_interpolation_replaces_the_coarse_part_and_shrinks_the_fine_one(name, coarse, fine):
+    large = make_model(name)
+    lm = level_map(anatomy_of(large), width=2, depth=2)
+    small, _ = small_and_map(name, width=2, depth=2)
+    merged = parameters(interpolate(large, small, lm, Interpolation(coarse, fine)))
+    old = lm.apply(parameters(large), "coalesce")
+    mixed = {key: (1 - coarse) * old[key] + coarse * value for key, value in parameters(small).items()}
+    grown, smooth = lm.apply(mixed, "decoalesce"), lm.apply(old, "decoalesce")
+    for key, value in parameters(large).items():
+        torch.testing.assert_close(merged[key], grown[key] + (1 - fine) * (value - smooth[key]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_ends_of_interpolation_are_bitwise(name, dtype):
+    large = make_model(name, dtype=dtype)
+    lm = level_map(anatomy_of(large), width=2, depth=2)
+    small, _ = small_and_map(name, width=2, depth=2, dtype=dtype)
+    for result, expected in (
+        (interpolate(large, small, lm, Interpolation.of_alpha(0)), large),
+        (interpolate(large, small, lm, Interpolation.of_alpha(1)), decoalesce(small, lm)),
+        (interpolate(large, coalesce(large, lm), lm, Interpolation(coarse=1, fine=0)), large),
+    ):
+        for key, value in parameters(expected).items():
+            assert torch.equal(result.get_parameter(key), value), key
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5])
+def test_a_share_outside_of_the_unit_interval_is_refused(value):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        Interpolation.of_alpha(value)
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_operators_are_adjoint_pairs(name):
+    large = make_model(name)
+    for mode in ("avg", "ode", "zero") if "bert" not in name else ("avg", "ode"):
+        lm = level_map(anatomy_of(large), width=2, depth=3, depth_mode=mode)
+        small, _ = small_and_map(name, width=2, depth=3)
+        x, y = parameters(large), parameters(small)
+
+        def dot(a, b):
+            return sum((a[key] * b[key]).sum() for key in a)
+
+        for operator, adjoint, source, target in (
+            ("coalesce", "coalesce_t", x, y),
+            ("decoalesce", "decoalesce_t", y, x),
+        ):
+            left = dot(lm.apply(source, operator), target)
+            right = dot(source, lm.apply(target, adjoint))
+            torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["gpt2-tied", "llama-gqa"])
+def test_levels_compose(name):
+    large = make_model(name)
+    first = level_map(anatomy_of(large), width=2, depth=2)
+    second = level_map(first.small, width=2, depth=2)
+    # Six key-value heads divide once by two; the second time the queries of each group merge.
+    at_once = level_map(anatomy_of(large), width=4, depth=4)
+    expected = parameters(coalesce(large, at_once))
+    for key, value in parameters(coalesce(coalesce(large, first), second)).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["gpt2-tied", "bert-mlm", "llama-gqa-tied"])
+def test_state_dicts_are_mapped_like_models(name):
+    large = make_model(name)
+    lm = level_map(anatomy_of(large))
+    state = coalesce(large.state_dict(), lm)
+    small = coalesce(large, lm)
+    assert state.keys() == small.state_dict().keys()
+    small.load_state_dict(state)
+    for key, value in state.items():
+        assert torch.equal(value, coalesce(large, lm).state_dict()[key])
+    grown = decoalesce(state, lm)
+    large.load_state_dict(grown)
+    with pytest.raises(KeyError, match="missing"):
+        coalesce({key: value for key, value in state.items() if "norm" not in key.lower()}, lm)
+
+
+@pytest.mark.parametrize("name", ["gpt2-tied", "bert-mlm", "llama-gqa"])
+def test_models_are_neither_changed_nor_aliased(name):
+    large = make_model(name)
+    before = parameters(large)
+    lm = level_map(anatomy_of(large), width=1, depth=1)
+    for result in (
+        coalesce(large, lm),
+        decoalesce(large, lm),
+        interpolate(large, large, lm, Interpolation.of_alpha(0)),
+    ):
+        with torch.no_grad():
+            for parameter in result.parameters():
+                parameter.zero_()
+    for key, value in before.items():
+        assert torch.equal(large.get_parameter(key), value)
+
+
+def test_fused_projections_keep_queries_keys_and_values_apart():
+    large = make_model("gpt2-tied")
+    embed = large.config.n_embd
+    with torch.no_grad():
+        bias = large.transformer.h[0].attn.c_attn.bias
+        bias.copy_(torch.arange(3).repeat_interleave(embed))
+    lm = level_map(anatomy_of(large), width=3, depth=1)
+    bias = coalesce(large, lm).transformer.h[0].attn.c_attn.bias
+    assert torch.equal(bias.detach(), torch.arange(3.0, dtype=bias.dtype).repeat_interleave(embed // 3))
+
+
+def test_width_coalescing_keeps_the_spread_of_a_fresh_initialisation():
+    import transformers
+
+    config = transformers.GPT2Config(n_embd=256, n_head=4, n_layer=1, vocab_size=64, n_positions=16)
+    large = transformers.GPT2LMHeadModel(config)
+    small = coalesce(large, level_map(anatomy_of(large), width=2, depth=1))
+    name = "transformer.h.0.attn.c_attn.weight"
+    ratio = small.get_parameter(name).std() / large.get_parameter(name).std()
+    assert 0.95 < ratio < 1.05
