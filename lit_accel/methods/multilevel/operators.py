@@ -97,7 +97,7 @@ def interpolate(stored: Weights, small: Weights, level_map: LevelMap, interpolat
         if not isinstance(small, nn.Module):
             raise TypeError("stored is a model, so small must be one too, not a state dict.")
         merged = _interpolate_state(_parameters(stored), _parameters(small), level_map, interpolation)
-        return cast(Weights, _load(build_resized(stored, level_map.large, level_map.large.size), merged))
+        return cast(Weights, load_parameters(build_resized(stored, level_map.large, level_map.large.size), merged))
     large_state, aliases = _without_ties(stored, level_map.large)
     small_state, _ = _without_ties(cast(Mapping[str, Tensor], small), level_map.small)
     return _with_ties(_interpolate_state(large_state, small_state, level_map, interpolation), aliases)
@@ -138,7 +138,7 @@ def _transfer(
 ) -> Weights:
     if isinstance(weights, nn.Module):
         mapped = level_map.apply(_parameters(weights), operator)
-        return cast(Weights, _load(build_resized(weights, source, target.size), mapped))
+        return cast(Weights, load_parameters(build_resized(weights, source, target.size), mapped))
     state, aliases = _without_ties(weights, source)
     return _with_ties(level_map.apply(state, operator), aliases)
 
@@ -147,8 +147,16 @@ def _parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def _load(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Make ``state`` the parameters of a model; its tensors are used, not copied."""
+def load_parameters(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Make tensors the parameters of a model.
+
+    Args:
+        model: A model, such as :func:`~lit_accel.anatomy.build_resized` returns it.
+        state: A tensor for each name in ``named_parameters``; they are used as they are, not copied.
+
+    Returns:
+        The model.
+    """
     for name, parameter in model.named_parameters():
         parameter.data = state[name]
     return model

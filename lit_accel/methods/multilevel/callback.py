@@ -1,0 +1,395 @@
+"""Multi-level training as a Lightning callback: the model shrinks, trains small and grows back within one run."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lit_accel.anatomy import AnatomyError, anatomy_of, build_resized, find_transformer
+from lit_accel.methods.multilevel.learning_rate import apply_lr_factor, restore_after_step
+from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, LevelMap, WidthGrouping, level_map
+from lit_accel.methods.multilevel.moments import (
+    SUPPORTED_OPTIMIZERS,
+    OptimizerStatePolicy,
+    merge_optimizer_state,
+    project_optimizer_state,
+)
+from lit_accel.methods.multilevel.operators import Interpolation, coalesce, interpolate, load_parameters
+from lit_accel.methods.multilevel.phases import (
+    LearningRatePolicy,
+    Level,
+    Phase,
+    ResolvedPhase,
+    lr_factor,
+    phase_at,
+    resolve_phases,
+    v_cycle,
+)
+from lit_accel.methods.multilevel.presets import PRESETS, PresetName
+from lit_accel.resizing import OptimizerState, ResizableStrategy, ensure_resizable, replace_transformer
+
+# Each keeps parameters, or copies of them, that a resize leaves behind.
+_INCOMPATIBLE: dict[type, str] = {
+    WeightAveraging: "averages weights of one size",
+    StochasticWeightAveraging: "averages weights of one size",
+    ModelPruning: "keeps masks of one size",
+    BaseFinetuning: "moves named parameters between groups",
+}
+
+
+class MultiLevelTraining(L.Callback):
+    """Trains part of the run on smaller versions of the model (V-cycle; arXiv 2404.07999).
+
+    On the way down the present model is stored and coalesced into the next smaller level; on the way up the
+    trained small model is de-coalesced and merged into the stored one. The level is a function of the optimizer
+    step alone, so a resumed run is where it was. Needs a strategy that can resize: ``resizable`` or
+    ``resizable_ddp``.
+
+    Args:
+        levels: The smaller levels, each in relation to the one above; default is one of half width and depth.
+        phases: Parts of the run, each at one level. Default is a V-cycle: 5 % of the steps in each level on the
+            way down, 50 % shared by the small levels on the way up, and the rest in the full model.
+        preset: ``correction``: the coarse-grid correction, averaged blocks, a fresh optimizer. ``paper``: the
+            published rule with alpha 0.25, a fresh optimizer and an own schedule in each phase. ``exact``: growth
+            that preserves the function, moments projected. The arguments below override it.
+        alpha: The paper's interpolation, the weight of the small model in [0, 1].
+        coarse: With ``fine``, instead of ``alpha``: the two-coefficient rule of
+            :class:`~lit_accel.methods.multilevel.Interpolation`.
+        fine: See ``coarse``.
+        depth_mode: What becomes of the outputs of merged blocks: ``avg``, ``ode`` or ``zero``; see
+            :class:`~lit_accel.methods.multilevel.LevelMap`.
+        width_grouping: ``block`` (the paper's) or ``adjacent``.
+        depth_grouping: ``adjacent`` (the paper's) or ``stack``.
+        optimizer_state: What becomes of Adam's moments: ``reset``, ``project`` or ``second_moment``.
+        learning_rate: ``continue``: the run's schedule goes on. ``rewarm``: besides, a ramp after each
+            transition. ``paper``: a ramp in the first phase, a decay to zero in every later one; needs a module
+            without a scheduler. Each phase's ``lr_scale`` multiplies it.
+        num_rewarm_steps: Length of the ramp of ``rewarm``, in optimizer steps.
+
+    Raises:
+        ValueError: If an argument is none of the allowed values.
+
+    Example::
+
+        Trainer(strategy="resizable", max_steps=10_000, callbacks=[MultiLevelTraining()])
+    """
+
+    def __init__(
+        self,
+        levels: list[Level] | None = None,
+        phases: list[Phase] | None = None,
+        preset: PresetName = "correction",
+        alpha: float | None = None,
+        coarse: float | None = None,
+        fine: float | None = None,
+        depth_mode: DepthMode | None = None,
+        width_grouping: WidthGrouping = "block",
+        depth_grouping: DepthGrouping = "adjacent",
+        optimizer_state: OptimizerStatePolicy | None = None,
+        learning_rate: LearningRatePolicy | None = None,
+        num_rewarm_steps: int = 100,
+    ) -> None:
+        if preset not in PRESETS:
+            raise ValueError(f"preset is {preset!r}; allowed are {', '.join(map(repr, PRESETS))}.")
+        chosen = PRESETS[preset]
+        self.levels = [Level()] if levels is None else list(levels)
+        if not self.levels:
+            raise ValueError("levels is empty; give at least one smaller level.")
+        self.phases = v_cycle(len(self.levels)) if phases is None else list(phases)
+        self.interpolation = _interpolation(chosen.interpolation, alpha, coarse, fine)
+        self.depth_mode = depth_mode or chosen.depth_mode
+        self.width_grouping = width_grouping
+        self.depth_grouping = depth_grouping
+        self.optimizer_state = optimizer_state or chosen.optimizer_state
+        self.learning_rate = learning_rate or chosen.learning_rate
+        if num_rewarm_steps < 1:
+            raise ValueError(f"num_rewarm_steps is {num_rewarm_steps}; it must be at least 1.")
+        self.num_rewarm_steps = num_rewarm_steps
+
+        self.schedule: tuple[ResolvedPhase, ...] = ()
+        self.maps: list[LevelMap] = []
+        self._path = ""
+        self._level = 0
+        # What the way up needs from the way down, by level.
+        self._stored: dict[int, dict[str, Tensor]] = {}
+        self._stored_moments: dict[int, OptimizerState] = {}
+
+    # Before training
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Plan the levels and refuse whatever could not work, before anything is trained."""
+        if not self.maps:
+            self._path, transformer = find_transformer(pl_module)
+            anatomy = anatomy_of(transformer)
+            for level in self.levels:
+                step = level_map(
+                    anatomy,
+                    width=level.width,
+                    depth=level.depth,
+                    width_grouping=self.width_grouping,
+                    depth_grouping=self.depth_grouping,
+                    depth_mode=self.depth_mode,
+                )
+                self.maps.append(step)
+                anatomy = step.small
+        ensure_resizable(pl_module)
+        if stage == "fit":
+            self._refuse_incompatible(trainer)
+            num_steps = trainer.estimated_stepping_batches
+            if num_steps in (float("inf"), -1):
+                raise MisconfigurationException(
+                    "MultiLevelTraining must know how long the run is. Give the Trainer max_steps, or max_epochs with "
+                    "a data loader of known length."
+                )
+            self.schedule = resolve_phases(self.phases, len(self.levels) + 1, int(num_steps))
+            self._check_end(trainer)
+
+    def _refuse_incompatible(self, trainer: L.Trainer) -> None:
+        strategy = trainer.strategy
+        if not isinstance(strategy, ResizableStrategy):
+            raise MisconfigurationException(
+                f"MultiLevelTraining changes the model's size in mid-training, which {type(strategy).__name__} cannot. "
+                'Use Trainer(strategy="resizable") for one device or "resizable_ddp" for several, after '
+                "`import lit_accel`."
+            )
+        for callback in trainer.callbacks:
+            for kind, reason in _INCOMPATIBLE.items():
+                if isinstance(callback, kind):
+                    raise MisconfigurationException(
+                        f"{type(callback).__name__} {reason}, and MultiLevelTraining changes the size of the model. "
+                        "Remove one of the two; to average or prune, do so in a second run on the final checkpoint."
+                    )
+            if isinstance(callback, EarlyStopping):
+                rank_zero_warn(
+                    "EarlyStopping beside MultiLevelTraining: the monitored value jumps when the size changes, and a "
+                    "stop in a small phase leaves a small model. Set its patience longer than the longest phase."
+                )
+
+    def _check_end(self, trainer: L.Trainer) -> None:
+        last = self.schedule[-1].level
+        if last == 0:
+            return
+        start_method = getattr(trainer.strategy, "_start_method", "popen")
+        if start_method != "popen":
+            raise MisconfigurationException(
+                f"The last phase is at level {last}, and processes are started by {start_method!r}: the main process "
+                "keeps the full model and could not load the small one that its workers end with. End with a phase "
+                'at level 0, or use start_method="popen".'
+            )
+        rank_zero_warn(f"The last phase is at level {last}: the run will end with a smaller model than it began.")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check what exists only now: the optimizers and their schedulers."""
+        if self.optimizer_state != "reset":
+            for optimizer in trainer.optimizers:
+                if type(optimizer) not in SUPPORTED_OPTIMIZERS:
+                    supported = ", ".join(kind.__name__ for kind in SUPPORTED_OPTIMIZERS)
+                    raise MisconfigurationException(
+                        f"optimizer_state={self.optimizer_state!r} can carry the state of {supported}, not of "
+                        f'{type(optimizer).__name__}. Use optimizer_state="reset".'
+                    )
+        configs = trainer.lr_scheduler_configs
+        if self.learning_rate == "paper" and configs:
+            raise MisconfigurationException(
+                'learning_rate="paper" sets a schedule of its own in each phase, but configure_optimizers returns a '
+                f"{type(configs[0].scheduler).__name__} too. Remove it, or use learning_rate=\"continue\"."
+            )
+        if self._changes_lr and any(config.reduce_on_plateau for config in configs):
+            raise MisconfigurationException(
+                "ReduceLROnPlateau cannot be combined with a learning rate that depends on the phase: the monitored "
+                'value jumps when the size changes. Use learning_rate="continue" with lr_scale 1, or another scheduler.'
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up the level that a checkpoint was written at, and the learning rate of the first step."""
+        self._level = self._present_level(pl_module)
+        missing = [level for level in range(self._level) if level not in self._stored]
+        if missing:
+            raise MisconfigurationException(
+                f"The model is at level {self._level}, but the stored weights of level {missing[0]}, which it must grow "
+                "back into, are not in the checkpoint. Resume from a checkpoint that MultiLevelTraining wrote (not a "
+                "weights-only one), or load the small model for itself."
+            )
+        if self._changes_lr:
+            restore_after_step(trainer.optimizers)
+            self._apply_lr(trainer)
+
+    def _present_level(self, pl_module: L.LightningModule) -> int:
+        size = anatomy_of(find_transformer(pl_module)[1]).size
+        sizes = [self.maps[0].large.size, *(step.small.size for step in self.maps)]
+        if size not in sizes:
+            raise AnatomyError(
+                f"The model has the size {size.to_state()}, which is none of the configured levels "
+                f"{[known.to_state() for known in sizes]}. Use the levels that the checkpoint was trained with."
+            )
+        return sizes.index(size)
+
+    # During training
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Go to the level that the schedule wants for the coming optimizer step."""
+        wanted = self.schedule[phase_at(self.schedule, trainer.global_step)].level
+        while self._level != wanted:
+            self._change_level(trainer, pl_module, self._level + (1 if wanted > self._level else -1))
+        pl_module.log("multilevel/level", float(self._level), batch_size=1)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Set the learning rate of the next step."""
+        if self._changes_lr:
+            self._apply_lr(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so if the run was stopped while the model was small."""
+        if self._level != 0:
+            rank_zero_warn(
+                f"Training ended at level {self._level}, with a smaller model than it began. Resume from its last "
+                "checkpoint to grow it back."
+            )
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so if it is not the full model that is evaluated."""
+        self._announce_small(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so if it is not the full model that is evaluated."""
+        self._announce_small(trainer, pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so if it is not the full model that predicts."""
+        self._announce_small(trainer, pl_module)
+
+    def _announce_small(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            return
+        level = self._present_level(pl_module)
+        if level:
+            anatomy = self.maps[level - 1].small
+            rank_zero_info(
+                f"MultiLevelTraining: this is the model of level {level}, with {anatomy.num_parameters:,} parameters "
+                f"instead of {self.maps[0].large.num_parameters:,}."
+            )
+
+    # Transitions
+
+    def _change_level(self, trainer: L.Trainer, pl_module: L.LightningModule, level: int) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, ResizableStrategy)
+        goes_down = level > self._level
+        step = self.maps[min(level, self._level)]
+        before, started = self._level, time.perf_counter()
+        # Rebuilding frees the stored weights; the moments beside them are read after it.
+        stored_moments = None if goes_down else self._stored_moments.pop(level, {})
+
+        def rebuild() -> None:
+            transformer = find_transformer(pl_module)[1]
+            grown = self._shrink(transformer, step) if goes_down else self._grow(transformer, step, level)
+            replace_transformer(pl_module, self._path, grown)
+
+        def carry(state: OptimizerState) -> OptimizerState:
+            prefix = f"{self._path}."
+            old = {name.removeprefix(prefix): entry for name, entry in state.items() if name.startswith(prefix)}
+            # What lies outside of the transformer keeps its size, and so its state.
+            kept = {name: entry for name, entry in state.items() if not name.startswith(prefix)}
+            if goes_down and self._merges_moments:
+                self._stored_moments[before] = old
+            new = project_optimizer_state(old, step, "down" if goes_down else "up", self.optimizer_state)
+            if stored_moments:
+                new = merge_optimizer_state(stored_moments, new, self.interpolation)
+            return {**kept, **{prefix + name: entry for name, entry in new.items()}}
+
+        strategy.resize(rebuild, carry if self.optimizer_state != "reset" else None)
+        self._level = level
+        if self._changes_lr:
+            restore_after_step(trainer.optimizers)
+            self._apply_lr(trainer)
+        anatomy = step.small if goes_down else step.large
+        rank_zero_info(
+            f"MultiLevelTraining: step {trainer.global_step}: level {before} -> {level}, "
+            f"{anatomy.num_parameters:,} parameters, {time.perf_counter() - started:.2f} s"
+        )
+
+    def _shrink(self, transformer: nn.Module, step: LevelMap) -> nn.Module:
+        # The old model is about to be dropped, so on the CPU its tensors are kept as they are, without a copy.
+        self._stored[self._level] = {
+            name: parameter.detach().cpu() for name, parameter in transformer.named_parameters()
+        }
+        return coalesce(transformer, step)
+
+    def _grow(self, transformer: nn.Module, step: LevelMap, level: int) -> nn.Module:
+        small = {name: parameter.detach() for name, parameter in transformer.named_parameters()}
+        device = next(iter(small.values())).device
+        stored = {name: tensor.to(device) for name, tensor in self._stored.pop(level).items()}
+        merged = interpolate(stored, small, step, self.interpolation)
+        return load_parameters(build_resized(transformer, step.small, step.large.size), merged)
+
+    @property
+    def _merges_moments(self) -> bool:
+        return self.optimizer_state == "project" and self.interpolation.coarse < 1
+
+    # Learning rate
+
+    @property
+    def _changes_lr(self) -> bool:
+        return self.learning_rate != "continue" or any(phase.lr_scale != 1 for phase in self.phases)
+
+    def _apply_lr(self, trainer: L.Trainer) -> None:
+        factor = lr_factor(self.schedule, trainer.global_step, self.learning_rate, self.num_rewarm_steps)
+        apply_lr_factor(trainer.optimizers, factor)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the way up needs: stored weights, and moments where they are merged."""
+        return {
+            "version": 1,
+            "schedule": [[phase.level, phase.start, phase.end] for phase in self.schedule],
+            "stored": {level: dict(state) for level, state in self._stored.items()},
+            "stored_moments": {
+                level: {name: dict(entry) for name, entry in state.items()}
+                for level, state in self._stored_moments.items()
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up stored weights; warn if the phases have changed since."""
+        self._stored = {int(level): dict(state) for level, state in state_dict["stored"].items()}
+        self._stored_moments = {int(level): dict(state) for level, state in state_dict["stored_moments"].items()}
+        saved = [tuple(phase) for phase in state_dict["schedule"]]
+        present = [(phase.level, phase.start, phase.end) for phase in self.schedule]
+        if present and saved != present:
+            rank_zero_warn(
+                f"The checkpoint was trained with the phases (level, first step, end) {saved}; this run has {present}, "
+                "and follows those."
+            )
+
+
+def _interpolation(
+    default: Interpolation, alpha: float | None, coarse: float | None, fine: float | None
+) -> Interpolation:
+    if alpha is None:
+        return Interpolation(
+            default.coarse if coarse is None else coarse, default.fine if fine is None else fine
+        )
+    if coarse is not None or fine is not None:
+        raise ValueError(
+            f"alpha is {alpha}, coarse is {coarse} and fine is {fine}; alpha stands for both coefficients, so give "
+            "either it alone or coarse and fine."
+        )
+    return Interpolation.of_alpha(alpha)

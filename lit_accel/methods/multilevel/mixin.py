@@ -1,0 +1,61 @@
+"""Multi-level training as a mixin: the LightningModule brings the method along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from lit_accel.methods.multilevel.callback import MultiLevelTraining
+from lit_accel.methods.multilevel.moments import OptimizerStatePolicy
+from lit_accel.methods.multilevel.phases import LearningRatePolicy, Level, Phase
+from lit_accel.methods.multilevel.presets import PresetName
+from lit_accel.resizing import ResizableMixin
+
+
+class MultiLevelMixin(ResizableMixin):
+    """Contributes a :class:`MultiLevelTraining` callback to the Trainer. Stands left of ``LightningModule``.
+
+    Args:
+        *args: Passed on.
+        multilevel_levels: ``levels`` of the callback.
+        multilevel_phases: ``phases`` of the callback.
+        multilevel_preset: ``preset`` of the callback.
+        multilevel_alpha: ``alpha`` of the callback.
+        multilevel_optimizer_state: ``optimizer_state`` of the callback.
+        multilevel_learning_rate: ``learning_rate`` of the callback.
+        **kwargs: Passed on.
+
+    Example::
+
+        class MyGPT(MultiLevelMixin, L.LightningModule):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.model = GPT2LMHeadModel(GPT2Config())
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        multilevel_levels: list[Level] | None = None,
+        multilevel_phases: list[Phase] | None = None,
+        multilevel_preset: PresetName = "correction",
+        multilevel_alpha: float | None = None,
+        multilevel_optimizer_state: OptimizerStatePolicy | None = None,
+        multilevel_learning_rate: LearningRatePolicy | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._multilevel = MultiLevelTraining(
+            levels=multilevel_levels,
+            phases=multilevel_phases,
+            preset=multilevel_preset,
+            alpha=multilevel_alpha,
+            optimizer_state=multilevel_optimizer_state,
+            learning_rate=multilevel_learning_rate,
+        )
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Add the method's callback to those of the other bases."""
+        callbacks = super().configure_callbacks()  # type: ignore[misc]
+        return [*(callbacks if isinstance(callbacks, list) else [callbacks]), self._multilevel]

@@ -1,0 +1,34 @@
+"""Named choices that belong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lit_accel.methods.multilevel.maps import DepthMode
+from lit_accel.methods.multilevel.moments import OptimizerStatePolicy
+from lit_accel.methods.multilevel.operators import Interpolation
+from lit_accel.methods.multilevel.phases import LearningRatePolicy
+
+PresetName = Literal["correction", "paper", "exact"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset sets; every value can be overridden by the argument of the same name."""
+
+    interpolation: Interpolation
+    depth_mode: DepthMode
+    optimizer_state: OptimizerStatePolicy
+    learning_rate: LearningRatePolicy
+
+
+PRESETS: dict[PresetName, Preset] = {
+    # The coarse-grid correction of multigrid methods: what the small level learned is added to the stored model,
+    # whose fine part stays whole.
+    "correction": Preset(Interpolation(coarse=1.0, fine=0.0), "avg", "reset", "continue"),
+    # arXiv 2404.07999: alpha 0.25 for GPT and DeiT (0.5 for BERT), a new optimizer and schedule in each phase.
+    "paper": Preset(Interpolation.of_alpha(0.25), "avg", "reset", "paper"),
+    # Growth changes nothing that the model computes. Copies stay copies unless dropout tells them apart.
+    "exact": Preset(Interpolation.of_alpha(1.0), "zero", "project", "continue"),
+}

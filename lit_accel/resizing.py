@@ -1,0 +1,146 @@
+"""A LightningModule whose transformer changes size: what its checkpoints must say, and what a strategy must offer.
+
+A checkpoint written in a small phase holds small tensors. They fit only if the model is rebuilt at that size
+before its weights are loaded, and the one hook that runs in time for ``fit``, ``validate``, ``test``, ``predict``
+and ``load_from_checkpoint`` alike is ``LightningModule.on_load_checkpoint``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lit_accel.anatomy import AnatomyError, Size, anatomy_of, build_resized, find_transformer
+
+CHECKPOINT_KEY = "lit_accel"
+CHECKPOINT_VERSION = 1
+_PATCHED = "_lit_accel_has_size_hooks"
+
+OptimizerState = dict[str, dict[str, Tensor]]
+"""Optimizer state by parameter name, then by the optimizer's own key."""
+
+
+@runtime_checkable
+class ResizableStrategy(Protocol):
+    """What a strategy must offer for the model to change in mid-training; see ``lit_accel.strategies``."""
+
+    def resize(
+        self, rebuild: Callable[[], None], carry: Callable[[OptimizerState], OptimizerState] | None = None
+    ) -> Any:
+        """Rebuild the model and everything that refers to its parameters."""
+
+
+def replace_transformer(module: nn.Module, path: str, transformer: nn.Module) -> None:
+    """Put another transformer in the place of the present one; the LightningModule itself stays.
+
+    Args:
+        module: The LightningModule.
+        path: Where the transformer is, as :func:`~lit_accel.anatomy.find_transformer` returns it.
+        transformer: The new one.
+    """
+    parent, _, name = path.rpartition(".")
+    module.get_submodule(parent).register_module(name, transformer)
+
+
+def record_size(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Write the present size of the transformer inside ``module`` into a checkpoint."""
+    _, transformer = find_transformer(module)
+    anatomy = anatomy_of(transformer)
+    checkpoint[CHECKPOINT_KEY] = {
+        "version": CHECKPOINT_VERSION,
+        "family": anatomy.family,
+        "size": anatomy.size.to_state(),
+    }
+
+
+def rebuild_recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Rebuild the transformer inside ``module`` at the size that a checkpoint was written at.
+
+    Args:
+        module: The LightningModule, before its weights are loaded.
+        checkpoint: The checkpoint; one that lit-accel has not written is left to load as it is.
+
+    Raises:
+        AnatomyError: If the checkpoint holds another family, was written by a newer version, or differs in more
+            than width and depth.
+    """
+    record = checkpoint.get(CHECKPOINT_KEY)
+    if record is None:
+        return
+    if record["version"] > CHECKPOINT_VERSION:
+        raise AnatomyError(
+            f"The checkpoint has format {record['version']} of lit-accel; this version reads up to "
+            f"{CHECKPOINT_VERSION}. Update lit-accel."
+        )
+    path, transformer = find_transformer(module)
+    anatomy = anatomy_of(transformer)
+    size = Size.from_state(record["size"])
+    if record["family"] != anatomy.family:
+        raise AnatomyError(
+            f"The checkpoint holds a {record['family']} model, but {path!r} is a {anatomy.family} model."
+        )
+    if size == anatomy.size:
+        return
+    resizable = {axis for alternatives in anatomy.width_axes for axis in alternatives}
+    fixed = {
+        axis: (size.axes.get(axis), present)
+        for axis, present in anatomy.size.axes.items()
+        if axis not in resizable and size.axes.get(axis) != present
+    }
+    if fixed:
+        differences = ", ".join(f"{axis} {stored} (here {present})" for axis, (stored, present) in fixed.items())
+        raise AnatomyError(
+            f"The checkpoint's model differs from {path!r} in more than width and depth: {differences}. Build the "
+            "module with the arguments that it was trained with."
+        )
+    replace_transformer(module, path, build_resized(transformer, anatomy, size))
+    rank_zero_info(
+        f"lit-accel: the checkpoint was written at another size; {path} is now a {anatomy.family} with "
+        f"{anatomy.at(size).num_parameters:,} parameters instead of {anatomy.num_parameters:,}."
+    )
+
+
+class ResizableMixin:
+    """Lets a LightningModule load checkpoints of any size of its transformer. Stands left of ``LightningModule``.
+
+    Callbacks that resize add these hooks to any module themselves; a class needs the mixin so that
+    ``load_from_checkpoint`` works without them.
+    """
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record the size."""
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        record_size(self, checkpoint)  # type: ignore[arg-type]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the recorded size, before the weights are loaded."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        rebuild_recorded_size(self, checkpoint)  # type: ignore[arg-type]
+
+
+def ensure_resizable(module: L.LightningModule) -> None:
+    """Give a LightningModule the hooks of :class:`ResizableMixin`, unless it has them.
+
+    Args:
+        module: Any LightningModule with one known transformer inside.
+    """
+    if isinstance(module, ResizableMixin) or getattr(module, _PATCHED, False):
+        return
+    for hook, action in (("on_save_checkpoint", record_size), ("on_load_checkpoint", rebuild_recorded_size)):
+        setattr(module, hook, partial(_call_both, getattr(module, hook), action, module))
+    setattr(module, _PATCHED, True)
+
+
+def _call_both(
+    original: Callable[[dict[str, Any]], None],
+    action: Callable[[nn.Module, dict[str, Any]], None],
+    module: nn.Module,
+    checkpoint: dict[str, Any],
+) -> None:
+    original(checkpoint)
+    action(module, checkpoint)

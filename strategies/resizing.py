@@ -1,0 +1,192 @@
+"""The resize itself: what a strategy does when the model changes in mid-training.
+
+Everything in Lightning holds the LightningModule by reference, so that object stays and its children change.
+What refers to parameters is made anew: the distributed wrapper (whose hooks sit on the old ones: without this,
+ranks train apart silently), the optimizers (one that still holds the old ones trains nothing, also silently) and
+the schedulers that hold the optimizers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.optim import Optimizer
+
+from lit_accel.resizing import OptimizerState
+
+
+@dataclass(frozen=True)
+class ResizeEvent:
+    """One resize that took place.
+
+    Args:
+        step: The optimizer steps done before it.
+        num_parameters_before: Parameters of the LightningModule before it.
+        num_parameters_after: Parameters after it.
+        seconds: How long it took.
+    """
+
+    step: int
+    num_parameters_before: int
+    num_parameters_after: int
+    seconds: float
+
+
+class ResizeMixin(Strategy):
+    """Adds :meth:`resize` to a strategy. Stands left of the strategy class."""
+
+    resizes: list[ResizeEvent]
+    """The resizes of this run so far."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.resizes = []
+
+    def resize(
+        self, rebuild: Callable[[], None], carry: Callable[[OptimizerState], OptimizerState] | None = None
+    ) -> ResizeEvent:
+        """Change the model in mid-training.
+
+        Call it on all ranks at the same step, from ``on_train_batch_start`` (or ``on_train_epoch_start``): there
+        the last optimizer step is complete, and the optimizers of the next one have not been read yet. Learning
+        rates and all other options of the parameter groups go on, and so do schedulers, gradient scaler and step
+        count.
+
+        Args:
+            rebuild: Replaces children of the LightningModule. It is called with the strategy's initialisation
+                contexts active and must do the same on all ranks; new modules must be in training mode.
+            carry: Receives the old optimizer state by parameter name and returns the new one, for all or some
+                parameters; ``None`` starts the optimizers afresh.
+
+        Returns:
+            What happened; also appended to :attr:`resizes`.
+
+        Raises:
+            MisconfigurationException: If called outside of training, if the ranks disagree on the step, or if the
+                new optimizers do not hold every trainable parameter.
+        """
+        started = time.perf_counter()
+        module = self.lightning_module
+        if module is None or not module.trainer.training:
+            raise MisconfigurationException(
+                "The model can only be resized while it is being trained. Call strategy.resize() from "
+                "on_train_batch_start or on_train_epoch_start."
+            )
+        trainer = module.trainer
+        if self.broadcast(trainer.global_step) != trainer.global_step:
+            raise MisconfigurationException(
+                f"Rank {self.global_rank} wants to resize at step {trainer.global_step}, rank 0 at another. The "
+                "decision must be the same on all ranks: make it a function of trainer.global_step."
+            )
+        num_before = sum(parameter.numel() for parameter in module.parameters())
+        options = [_group_options(optimizer) for optimizer in self.optimizers]
+        schedules = [config.scheduler.state_dict() for config in self.lr_scheduler_configs]
+        old_state = _named_state(module, self.optimizers) if carry is not None else {}
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+        wrapped, self.model = self.model, module
+        optimizers, configs = self.optimizers, self.lr_scheduler_configs
+        if carry is None:
+            # Moments that nobody reads again must not stand in memory beside both models.
+            self.optimizers, self.lr_scheduler_configs = [], []
+            del optimizers
+            optimizers = []
+        try:
+            with (
+                self.tensor_init_context(),
+                self.model_sharded_context(),
+                self.precision_plugin.module_init_context(),
+                isolate_rng(),
+            ):
+                rebuild()
+        except BaseException:
+            self.model = wrapped
+            if optimizers:
+                self.optimizers, self.lr_scheduler_configs = optimizers, configs
+            raise
+        del wrapped, optimizers, configs
+        # With static_graph Lightning delays the first all-reduce of a wrapper; the new wrapper needs that again.
+        if hasattr(self, "_pl_static_graph_delay_done"):
+            self._pl_static_graph_delay_done = False
+        self.setup(trainer)
+        _require_all_optimized(module, self.optimizers)
+        _restore_options(options, self.optimizers)
+        for config, state in zip(self.lr_scheduler_configs, schedules, strict=True):
+            config.scheduler.load_state_dict(state)
+        if carry is not None:
+            _load_named_state(carry(old_state), module, self.optimizers)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.barrier("resize")
+        event = ResizeEvent(
+            step=trainer.global_step,
+            num_parameters_before=num_before,
+            num_parameters_after=sum(parameter.numel() for parameter in module.parameters()),
+            seconds=time.perf_counter() - started,
+        )
+        self.resizes.append(event)
+        return event
+
+
+def _group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
+
+
+def _restore_options(options: list[list[dict[str, Any]]], optimizers: list[Optimizer]) -> None:
+    new = [len(optimizer.param_groups) for optimizer in optimizers]
+    old = [len(groups) for groups in options]
+    if new != old:
+        raise MisconfigurationException(
+            f"configure_optimizers returned optimizers with {old} parameter groups before the resize and {new} after "
+            "it, so their learning rates cannot be carried over. Make the grouping independent of the model's size."
+        )
+    for optimizer, groups in zip(optimizers, options, strict=True):
+        for group, saved in zip(optimizer.param_groups, groups, strict=True):
+            group.update(saved)
+
+
+def _named_state(module: L.LightningModule, optimizers: list[Optimizer]) -> OptimizerState:
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {
+        names[id(parameter)]: dict(state)
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        if id(parameter) in names
+    }
+
+
+def _load_named_state(state: OptimizerState, module: L.LightningModule, optimizers: list[Optimizer]) -> None:
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                entry = state.get(names[id(parameter)])
+                if entry is not None:
+                    optimizer.state[parameter] = entry
+
+
+def _require_all_optimized(module: L.LightningModule, optimizers: list[Optimizer]) -> None:
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    lost = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    live = {id(parameter) for parameter in module.parameters()}
+    stale = len(held - live)
+    if lost or stale:
+        raise MisconfigurationException(
+            f"After the resize the optimizers miss {len(lost)} trainable parameters ({', '.join(lost[:3])}, ...) and "
+            f"hold {stale} that are no longer in the model: nothing would be trained. configure_optimizers must build "
+            "its optimizers from self.parameters() each time it is called. With LightningCLI pass "
+            "auto_configure_optimizers=False and give the module an OptimizerCallable: its default binds the "
+            "optimizer to the first parameters for ever."
+        )
