@@ -48,9 +48,14 @@ def replace_transformer(module: nn.Module, path: str, transformer: nn.Module) ->
 
 
 def record_size(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Write the present size of the transformer inside ``module`` into a checkpoint."""
-    _, transformer = find_transformer(module)
-    anatomy = anatomy_of(transformer)
+    """Write the present size of the transformer inside ``module`` into a checkpoint.
+
+    A module whose transformer has no anatomy cannot have been resized; its checkpoints stay as they are.
+    """
+    try:
+        anatomy = anatomy_of(find_transformer(module)[1])
+    except AnatomyError:
+        return
     checkpoint[CHECKPOINT_KEY] = {
         "version": CHECKPOINT_VERSION,
         "family": anatomy.family,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lightning.pytorch.strategies import DDPStrategy
-
 from lit_accel.strategies.resizing import ResizeMixin
 
 

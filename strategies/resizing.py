@@ -83,7 +83,7 @@ class ResizeMixin(Strategy):
         trainer = module.trainer
         if self.broadcast(trainer.global_step) != trainer.global_step:
             raise MisconfigurationException(
-                f"Rank {self.global_rank} wants to resize at step {trainer.global_step}, rank 0 at another. The "
+                f"Rank {trainer.global_rank} wants to resize at step {trainer.global_step}, rank 0 at another. The "
                 "decision must be the same on all ranks: make it a function of trainer.global_step."
             )
         num_before = sum(parameter.numel() for parameter in module.parameters())

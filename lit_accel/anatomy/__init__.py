@@ -4,7 +4,12 @@
 from lit_accel.anatomy import bert, gpt2, llama  # noqa: F401
 from lit_accel.anatomy.axes import Axis, Dim, parse_layout
 from lit_accel.anatomy.base import Anatomy, AnatomyError, Attention, Block, ParameterLayout, Size
-from lit_accel.anatomy.build import build_resized, compile_blocks, uses_activation_checkpointing
+from lit_accel.anatomy.build import (
+    build_resized,
+    compile_blocks,
+    require_blocks_alike,
+    uses_activation_checkpointing,
+)
 from lit_accel.anatomy.registry import anatomy_of, find_transformer, register_anatomy
 
 __all__ = [
@@ -22,5 +27,6 @@ __all__ = [
     "find_transformer",
     "parse_layout",
     "register_anatomy",
+    "require_blocks_alike",
     "uses_activation_checkpointing",
 ]

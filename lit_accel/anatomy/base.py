@@ -139,9 +139,7 @@ class Anatomy:
     tied_heads: tuple[str, ...]
     width_axes: tuple[tuple[str, ...], ...]
     build: Callable[[nn.Module, Size], nn.Module] = field(compare=False, repr=False)
-    input_shape: Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[int, int]] = field(
-        compare=False, repr=False
-    )
+    input_shape: Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[int, int]] = field(compare=False, repr=False)
 
     @property
     def axes(self) -> tuple[Axis, ...]:

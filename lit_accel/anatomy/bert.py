@@ -74,12 +74,22 @@ _FAMILY = HuggingFaceFamily(
     },
     fold=("cls.predictions.transform.LayerNorm.weight", "cls.predictions.transform.LayerNorm.bias"),
     per_sequence=frozenset(
-        {"pooler.dense.weight", "bert.pooler.dense.weight", "classifier.weight", "cls.seq_relationship.weight"}
+        {
+            "pooler.dense.weight",
+            "bert.pooler.dense.weight",
+            "classifier.weight",
+            "cls.seq_relationship.weight",
+        }
     ),
     embedding="embeddings.word_embeddings.weight",
     residual="post_norm",
     branch_outputs=frozenset(
-        {"attention.output.dense.weight", "attention.output.dense.bias", "output.dense.weight", "output.dense.bias"}
+        {
+            "attention.output.dense.weight",
+            "attention.output.dense.bias",
+            "output.dense.weight",
+            "output.dense.bias",
+        }
     ),
     token_dims={"hidden_states": (1,), "attention_mask": (-2, -1)},
     width_axes=(("embed",), ("heads",), ("ffn",)),

@@ -19,7 +19,11 @@ class _SkipInit(TorchFunctionMode):
     """Turns the functions of ``torch.nn.init`` into no-ops: every parameter is about to be overwritten."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -75,7 +79,7 @@ def build_resized(model: nn.Module, anatomy: Anatomy, size: Size) -> nn.Module:
     first_path: dict[int, str] = {}
     for block in anatomy.blocks:
         first_path.setdefault(block.stage, block.path)
-    _require_blocks_alike(model, anatomy, first_path)
+    require_blocks_alike(model, anatomy)
     for name, parameter in resized.named_parameters():
         new_block, local = target.split_name(name)
         source = old_parameters[name if new_block is None else f"{first_path[new_block.stage]}.{local}"]
@@ -97,15 +101,21 @@ def build_resized(model: nn.Module, anatomy: Anatomy, size: Size) -> nn.Module:
     return resized.train(model.training)
 
 
-def _require_blocks_alike(model: nn.Module, anatomy: Anatomy, first_path: dict[int, str]) -> None:
-    """Refuse blocks that are frozen in part: after a change of depth nobody could say which ones are meant."""
+def require_blocks_alike(model: nn.Module, anatomy: Anatomy) -> None:
+    """Refuse blocks that are frozen in part: after a change of depth nobody could say which ones are meant.
+
+    Raises:
+        AnatomyError: If blocks of one stage differ in which parameters are trained.
+    """
+    first_path: dict[int, str] = {}
     for block in anatomy.blocks:
-        first = dict(model.get_submodule(first_path[block.stage]).named_parameters())
+        path = first_path.setdefault(block.stage, block.path)
+        first = dict(model.get_submodule(path).named_parameters())
         for local, parameter in model.get_submodule(block.path).named_parameters():
             if parameter.requires_grad != first[local].requires_grad:
                 raise AnatomyError(
-                    f"{block.path}.{local} and {first_path[block.stage]}.{local} differ in requires_grad. A model whose "
-                    "blocks are frozen in part cannot be resized: freeze the same parameters in every block."
+                    f"{block.path}.{local} and {path}.{local} differ in requires_grad. A model whose blocks are frozen "
+                    "in part cannot be resized: freeze the same parameters in every block."
                 )
 
 

@@ -81,7 +81,8 @@ _MODULE = "transformers.models.gpt2.modeling_gpt2"
 
 
 @register_anatomy(
-    "gpt2", [f"{_MODULE}.{name}" for name in ("GPT2Model", "GPT2LMHeadModel", "GPT2ForSequenceClassification")]
+    "gpt2",
+    [f"{_MODULE}.{name}" for name in ("GPT2Model", "GPT2LMHeadModel", "GPT2ForSequenceClassification")],
 )
 def describe(model: nn.Module) -> Anatomy:
     """Describe a GPT-2."""

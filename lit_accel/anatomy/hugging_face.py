@@ -58,7 +58,7 @@ class HuggingFaceFamily:
         Raises:
             AnatomyError: If the model has a parameter without a layout, or of another shape than its layout says.
         """
-        config = model.config
+        config: Any = model.config
         axes = self.axes(config)
         num_blocks = config.num_hidden_layers
         base: Any = getattr(model, "base_model_prefix", "")

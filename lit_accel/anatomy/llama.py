@@ -102,7 +102,12 @@ _FAMILY = HuggingFaceFamily(
 
 _CLASSES = [
     f"transformers.models.{package}.modeling_{package}.{prefix}{suffix}"
-    for package, prefix in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
+    for package, prefix in (
+        ("llama", "Llama"),
+        ("mistral", "Mistral"),
+        ("qwen2", "Qwen2"),
+        ("qwen3", "Qwen3"),
+    )
     for suffix in ("Model", "ForCausalLM", "ForSequenceClassification")
 ]
 

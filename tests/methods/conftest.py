@@ -21,7 +21,12 @@ def _in_double(original):
 @pytest.fixture(autouse=True, scope="package")
 def rms_norms_in_double():
     with pytest.MonkeyPatch.context() as patch:
-        for package, prefix in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3")):
+        for package, prefix in (
+            ("llama", "Llama"),
+            ("mistral", "Mistral"),
+            ("qwen2", "Qwen2"),
+            ("qwen3", "Qwen3"),
+        ):
             module = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
             norm = getattr(module, f"{prefix}RMSNorm")
             patch.setattr(norm, "forward", _in_double(norm.forward))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import (
@@ -18,7 +18,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lit_accel.anatomy import AnatomyError, anatomy_of, build_resized, find_transformer
+from lit_accel.anatomy import (
+    Anatomy,
+    AnatomyError,
+    anatomy_of,
+    build_resized,
+    find_transformer,
+    require_blocks_alike,
+)
 from lit_accel.methods.multilevel.learning_rate import apply_lr_factor, restore_after_step
 from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, LevelMap, WidthGrouping, level_map
 from lit_accel.methods.multilevel.moments import (
@@ -35,6 +42,7 @@ from lit_accel.methods.multilevel.phases import (
     ResolvedPhase,
     lr_factor,
     phase_at,
+    rehearse_phases,
     resolve_phases,
     v_cycle,
 )
@@ -102,8 +110,16 @@ class MultiLevelTraining(L.Callback):
         learning_rate: LearningRatePolicy | None = None,
         num_rewarm_steps: int = 100,
     ) -> None:
-        if preset not in PRESETS:
-            raise ValueError(f"preset is {preset!r}; allowed are {', '.join(map(repr, PRESETS))}.")
+        for argument, value, allowed in (
+            ("preset", preset, PresetName),
+            ("depth_mode", depth_mode, DepthMode),
+            ("width_grouping", width_grouping, WidthGrouping),
+            ("depth_grouping", depth_grouping, DepthGrouping),
+            ("optimizer_state", optimizer_state, OptimizerStatePolicy),
+            ("learning_rate", learning_rate, LearningRatePolicy),
+        ):
+            if value is not None and value not in get_args(allowed):
+                raise ValueError(f"{argument} is {value!r}; allowed are {', '.join(map(repr, get_args(allowed)))}.")
         chosen = PRESETS[preset]
         self.levels = [Level()] if levels is None else list(levels)
         if not self.levels:
@@ -131,31 +147,40 @@ class MultiLevelTraining(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Plan the levels and refuse whatever could not work, before anything is trained."""
+        self._path, transformer = find_transformer(pl_module)
+        anatomy = anatomy_of(transformer)
         if not self.maps:
-            self._path, transformer = find_transformer(pl_module)
-            anatomy = anatomy_of(transformer)
-            for level in self.levels:
-                step = level_map(
-                    anatomy,
-                    width=level.width,
-                    depth=level.depth,
-                    width_grouping=self.width_grouping,
-                    depth_grouping=self.depth_grouping,
-                    depth_mode=self.depth_mode,
-                )
-                self.maps.append(step)
-                anatomy = step.small
+            self.maps = self._plan_levels(anatomy)
         ensure_resizable(pl_module)
         if stage == "fit":
             self._refuse_incompatible(trainer)
+            require_blocks_alike(transformer, anatomy)
             num_steps = trainer.estimated_stepping_batches
             if num_steps in (float("inf"), -1):
                 raise MisconfigurationException(
                     "MultiLevelTraining must know how long the run is. Give the Trainer max_steps, or max_epochs with "
                     "a data loader of known length."
                 )
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self.schedule = rehearse_phases(self.phases, int(num_steps))
+                return
             self.schedule = resolve_phases(self.phases, len(self.levels) + 1, int(num_steps))
             self._check_end(trainer)
+
+    def _plan_levels(self, anatomy: Anatomy) -> list[LevelMap]:
+        maps = []
+        for level in self.levels:
+            step = level_map(
+                anatomy,
+                width=level.width,
+                depth=level.depth,
+                width_grouping=self.width_grouping,
+                depth_grouping=self.depth_grouping,
+                depth_mode=self.depth_mode,
+            )
+            maps.append(step)
+            anatomy = step.small
+        return maps
 
     def _refuse_incompatible(self, trainer: L.Trainer) -> None:
         strategy = trainer.strategy
@@ -165,7 +190,7 @@ class MultiLevelTraining(L.Callback):
                 'Use Trainer(strategy="resizable") for one device or "resizable_ddp" for several, after '
                 "`import lit_accel`."
             )
-        for callback in trainer.callbacks:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for kind, reason in _INCOMPATIBLE.items():
                 if isinstance(callback, kind):
                     raise MisconfigurationException(
@@ -205,7 +230,7 @@ class MultiLevelTraining(L.Callback):
         if self.learning_rate == "paper" and configs:
             raise MisconfigurationException(
                 'learning_rate="paper" sets a schedule of its own in each phase, but configure_optimizers returns a '
-                f"{type(configs[0].scheduler).__name__} too. Remove it, or use learning_rate=\"continue\"."
+                f'{type(configs[0].scheduler).__name__} too. Remove it, or use learning_rate="continue".'
             )
         if self._changes_lr and any(config.reduce_on_plateau for config in configs):
             raise MisconfigurationException(
@@ -219,9 +244,9 @@ class MultiLevelTraining(L.Callback):
         missing = [level for level in range(self._level) if level not in self._stored]
         if missing:
             raise MisconfigurationException(
-                f"The model is at level {self._level}, but the stored weights of level {missing[0]}, which it must grow "
-                "back into, are not in the checkpoint. Resume from a checkpoint that MultiLevelTraining wrote (not a "
-                "weights-only one), or load the small model for itself."
+                f"The model is at level {self._level}, but the stored weights of level {missing[0]}, which it must "
+                "grow back into, are not in the checkpoint. Resume from a checkpoint that MultiLevelTraining wrote "
+                "(not a weights-only one), or load the small model for itself."
             )
         if self._changes_lr:
             restore_after_step(trainer.optimizers)
@@ -384,9 +409,7 @@ def _interpolation(
     default: Interpolation, alpha: float | None, coarse: float | None, fine: float | None
 ) -> Interpolation:
     if alpha is None:
-        return Interpolation(
-            default.coarse if coarse is None else coarse, default.fine if fine is None else fine
-        )
+        return Interpolation(default.coarse if coarse is None else coarse, default.fine if fine is None else fine)
     if coarse is not None or fine is not None:
         raise ValueError(
             f"alpha is {alpha}, coarse is {coarse} and fine is {fine}; alpha stands for both coefficients, so give "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,14 +97,17 @@ def interpolate(stored: Weights, small: Weights, level_map: LevelMap, interpolat
         if not isinstance(small, nn.Module):
             raise TypeError("stored is a model, so small must be one too, not a state dict.")
         merged = _interpolate_state(_parameters(stored), _parameters(small), level_map, interpolation)
-        return cast(Weights, load_parameters(build_resized(stored, level_map.large, level_map.large.size), merged))
+        return cast("Any", load_parameters(build_resized(stored, level_map.large, level_map.large.size), merged))
     large_state, aliases = _without_ties(stored, level_map.large)
-    small_state, _ = _without_ties(cast(Mapping[str, Tensor], small), level_map.small)
-    return _with_ties(_interpolate_state(large_state, small_state, level_map, interpolation), aliases)
+    small_state, _ = _without_ties(small, level_map.small)
+    return cast("Weights", _with_ties(_interpolate_state(large_state, small_state, level_map, interpolation), aliases))
 
 
 def _interpolate_state(
-    stored: Mapping[str, Tensor], small: Mapping[str, Tensor], level_map: LevelMap, interpolation: Interpolation
+    stored: Mapping[str, Tensor],
+    small: Mapping[str, Tensor],
+    level_map: LevelMap,
+    interpolation: Interpolation,
 ) -> dict[str, Tensor]:
     coarse, fine = interpolation.coarse, interpolation.fine
     if coarse == fine == 0:
@@ -123,8 +126,7 @@ def _interpolate_state(
     correction = level_map.apply(correction, "decoalesce")
     # Each term is dropped once it is added: the merge never holds more than one copy besides its inputs.
     return {
-        name: (_wide(tensor) * (1 - fine) + correction.pop(name)).to(tensor.dtype)
-        for name, tensor in stored.items()
+        name: (_wide(tensor) * (1 - fine) + correction.pop(name)).to(tensor.dtype) for name, tensor in stored.items()
     }
 
 
@@ -133,14 +135,12 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _transfer(
-    weights: Weights, level_map: LevelMap, operator: Operator, source: Anatomy, target: Anatomy
-) -> Weights:
+def _transfer(weights: Weights, level_map: LevelMap, operator: Operator, source: Anatomy, target: Anatomy) -> Weights:
     if isinstance(weights, nn.Module):
         mapped = level_map.apply(_parameters(weights), operator)
-        return cast(Weights, load_parameters(build_resized(weights, source, target.size), mapped))
+        return cast("Any", load_parameters(build_resized(weights, source, target.size), mapped))
     state, aliases = _without_ties(weights, source)
-    return _with_ties(level_map.apply(state, operator), aliases)
+    return cast("Weights", _with_ties(level_map.apply(state, operator), aliases))
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -184,5 +184,5 @@ def _without_ties(state: Mapping[str, Tensor], anatomy: Anatomy) -> tuple[dict[s
     return reduced, aliases
 
 
-def _with_ties(state: dict[str, Tensor], aliases: Mapping[str, str]) -> Weights:
-    return cast(Weights, {**state, **{alias: state[name] for alias, name in aliases.items()}})
+def _with_ties(state: dict[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    return {**state, **{alias: state[name] for alias, name in aliases.items()}}

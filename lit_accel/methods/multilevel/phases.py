@@ -94,7 +94,7 @@ def resolve_phases(phases: Sequence[Phase], num_levels: int, num_steps: int) -> 
         elif isinstance(phase.length, int):
             length = phase.length
         elif 0 < phase.length <= 1:
-            length = round(phase.length * num_steps)
+            length = max(1, round(phase.length * num_steps))
         else:
             raise ValueError(
                 f"{where}: length is {phase.length}; give optimizer steps as an integer, or a share of the run "
@@ -118,6 +118,17 @@ def resolve_phases(phases: Sequence[Phase], num_levels: int, num_steps: int) -> 
     return tuple(resolved)
 
 
+def rehearse_phases(phases: Sequence[Phase], num_steps: int) -> tuple[ResolvedPhase, ...]:
+    """Return the phases at one optimizer step each, for Lightning's ``fast_dev_run``.
+
+    Args:
+        phases: In order; those that the run is too short for are left out.
+        num_steps: Optimizer steps of the run.
+    """
+    steps = range(min(num_steps, len(phases)))
+    return tuple(ResolvedPhase(phases[step].level, step, step + 1, phases[step].lr_scale) for step in steps)
+
+
 def phase_at(phases: Sequence[ResolvedPhase], step: int) -> int:
     """Return the index of the phase that an optimizer step belongs to; steps past the end belong to the last."""
     for index, phase in enumerate(phases):
@@ -126,9 +137,7 @@ def phase_at(phases: Sequence[ResolvedPhase], step: int) -> int:
     return len(phases) - 1
 
 
-def lr_factor(
-    phases: Sequence[ResolvedPhase], step: int, policy: LearningRatePolicy, num_rewarm_steps: int
-) -> float:
+def lr_factor(phases: Sequence[ResolvedPhase], step: int, policy: LearningRatePolicy, num_rewarm_steps: int) -> float:
     """Return what the learning rate is multiplied by at an optimizer step.
 
     Args:

@@ -1,0 +1,34 @@
+"""Hand a finished model on as an ordinary Hugging Face folder."""
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+
+class SavePretrained(Callback):
+    """Save the transformer, and the data module's tokenizer, with ``save_pretrained`` when ``fit`` ends.
+
+    The folder is what ``transformers`` itself writes: nothing of this package is needed to load it. Rank zero
+    writes, so the strategy must keep whole parameters on each rank (a single device, DDP).
+
+    Args:
+        folder: Where to write; created if missing. The tokenizer is written if the data module has a method
+            ``save_tokenizer(folder)``.
+
+    Example::
+
+        >>> trainer = Trainer(callbacks=[SavePretrained("runs/gpt2/final")])  # doctest: +SKIP
+        >>> AutoModelForCausalLM.from_pretrained("runs/gpt2/final")  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folder on rank zero, unless this is a ``fast_dev_run``, which saves nothing."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        pl_module.model.save_pretrained(self.folder)  # type: ignore[union-attr, operator]
+        save_tokenizer = getattr(getattr(trainer, "datamodule", None), "save_tokenizer", None)
+        if save_tokenizer is not None:
+            save_tokenizer(self.folder)
+        rank_zero_info(f"Saved the model to {self.folder}.")

@@ -1,0 +1,248 @@
+"""What the anatomy says of each family, against the models themselves."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lit_accel.anatomy import (
+    AnatomyError,
+    anatomy_of,
+    build_resized,
+    compile_blocks,
+    find_transformer,
+    register_anatomy,
+)
+from tests.models import ZOO, make_model
+
+SIZE = {"heads": 4, "head_dim": 4, "ffn": 32, "blocks": 4}
+
+
+@pytest.fixture(params=sorted(ZOO))
+def model(request):
+    return make_model(request.param, **SIZE)
+
+
+def test_every_parameter_has_a_layout_of_its_shape(model):
+    anatomy = anatomy_of(model)
+    shapes = {name: layout.shape(anatomy.size.axes) for name, layout in anatomy.parameters.items()}
+    assert shapes == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert anatomy.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_blocks_are_the_models_blocks_in_order(model):
+    anatomy = anatomy_of(model)
+    modules = [model.get_submodule(block.path) for block in anatomy.blocks]
+    assert len(modules) == 4
+    assert len({type(module) for module in modules}) == 1
+    called = []
+    hooks = [module.register_forward_pre_hook(lambda module, args: called.append(module)) for module in modules]
+    model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert called == modules
+    assert len(hooks) == 4
+
+
+def test_token_dimensions_of_the_arguments_of_a_block(model):
+    """Twice the tokens must change exactly the declared dimensions of what a block is called with."""
+    anatomy = anatomy_of(model)
+    block = model.get_submodule(anatomy.blocks[0].path)
+    calls = []
+
+    def keep(module, args, kwargs):
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        flat = {**bound, **bound.pop("kwargs", {})}
+        calls.append({key: value for key, value in flat.items() if key != "self"})
+
+    block.register_forward_pre_hook(keep, with_kwargs=True)
+    for length in (5, 10):
+        # Padding on the left, so that a mask must be passed on.
+        mask = torch.ones(2, length, dtype=torch.long)
+        mask[0, 0] = 0
+        model(input_ids=torch.full((2, length), 7), attention_mask=mask)
+
+    def shapes(value):
+        if isinstance(value, torch.Tensor):
+            return [value.shape]
+        return [shape for item in value for shape in shapes(item)] if isinstance(value, tuple) else []
+
+    assert "attention_mask" in calls[0]
+    for key in calls[0]:
+        for short, long in zip(shapes(calls[0][key]), shapes(calls[1][key]), strict=True):
+            grown = {dim for dim in range(len(short)) if long[dim] == 2 * short[dim] == 10}
+            declared = {dim % len(short) for dim in anatomy.blocks[0].token_dims.get(key, ())}
+            assert grown == declared, key
+
+
+def test_branch_outputs_are_what_a_branch_adds(model):
+    """With them at zero, a block of pre-norm form is the identity."""
+    anatomy = anatomy_of(model)
+    block = anatomy.blocks[0]
+    module = model.get_submodule(block.path)
+    locals_ = dict(module.named_parameters())
+    present = block.branch_outputs & locals_.keys()
+    assert len(present) >= 2
+    if block.residual == "pre_norm":
+        with torch.no_grad():
+            for name in present:
+                locals_[name].zero_()
+        seen = []
+        module.register_forward_hook(lambda m, args, output: seen.append((args[0], output)))
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+        torch.testing.assert_close(seen[0][1], seen[0][0])
+
+
+def test_ties_are_found(model):
+    anatomy = anatomy_of(model)
+    tied = getattr(model, "all_tied_weights_keys", {})
+    assert {frozenset(group) for group in anatomy.tied} == {frozenset(pair) for pair in tied.items()}
+    assert bool(anatomy.tied_heads) == any("weight" in name for name in tied)
+    assert any(layout.fold for layout in anatomy.parameters.values()) == bool(anatomy.tied_heads)
+
+
+def test_a_resized_model_is_of_the_same_class_and_loads_strictly(model):
+    anatomy = anatomy_of(model)
+    size = anatomy.reduced(width=2, depth=2)
+    small = build_resized(model, anatomy, size)
+    assert type(small) is type(model)
+    assert anatomy_of(small) == anatomy.at(size)
+    assert anatomy.at(size).at(anatomy.size) == anatomy
+    assert small.config.vocab_size == model.config.vocab_size
+    clone = type(model)(type(model.config)(**small.config.to_dict()))
+    small.load_state_dict(clone.to(torch.float64).state_dict(), strict=True)
+    back = build_resized(small, anatomy_of(small), anatomy.size)
+    ignored = {"architectures", "transformers_version", "dtype", "_name_or_path", "n_inner", "head_dim"}
+    old, new = model.config.to_dict(), back.config.to_dict()
+    assert {key for key in old if old[key] != new.get(key)} <= ignored
+
+
+def test_what_is_carried_over_to_another_size():
+    model = make_model("gpt2-tied", dtype=torch.bfloat16, **SIZE).train()
+    model.transformer.wpe.weight.requires_grad_(False)
+    model.transformer.h.requires_grad_(False)
+    compile_blocks(model, backend="eager")
+    model.config._attn_implementation = "eager"
+    anatomy = anatomy_of(model)
+    state = torch.get_rng_state()
+    small = build_resized(model, anatomy, anatomy.reduced(2, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert small.training
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
+    frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name in frozen if ".h." in name or "wpe" in name}
+    assert len(frozen) == 2 * 12 + 1
+    assert all(block._compiled_call_impl is not None for block in small.transformer.h)
+    assert small.config._attn_implementation == "eager"
+    assert small.lm_head.weight is small.transformer.wte.weight
+
+
+def test_activation_checkpointing_is_carried_over():
+    model = make_model("llama-gqa", **SIZE).train()
+    model._set_gradient_checkpointing(True, torch.utils.checkpoint.checkpoint)
+    anatomy = anatomy_of(model)
+    small = build_resized(model, anatomy, anatomy.reduced(1, 2))
+    assert all(layer.gradient_checkpointing for layer in small.model.layers)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(sorted(ZOO)),
+    heads=st.sampled_from([2, 4, 6, 12]),
+    head_dim=st.sampled_from([2, 4, 6]),
+    ffn=st.integers(1, 40),
+    blocks=st.integers(1, 6),
+)
+def test_any_size_is_described(name, heads, head_dim, ffn, blocks):
+    with torch.device("meta"):
+        model = make_model(name, heads=heads, head_dim=head_dim, ffn=ffn, blocks=blocks)
+    assert len(anatomy_of(model).blocks) == blocks
+
+
+def test_an_unknown_model_is_told_what_to_do():
+    class MyTransformer(nn.Module):
+        pass
+
+    with pytest.raises(AnatomyError, match=r"(?s)MyTransformer.*gpt2: .*GPT2LMHeadModel.*register_anatomy"):
+        anatomy_of(MyTransformer())
+
+
+def test_an_unnamed_parameter_is_an_error():
+    model = make_model("gpt2-tied", **SIZE)
+    model.transformer.h[1].attn.extra = nn.Parameter(torch.zeros(3))
+    with pytest.raises(AnatomyError, match=r"transformer.h.1.attn.extra.* has no layout"):
+        anatomy_of(model)
+
+
+def test_an_unknown_buffer_is_an_error():
+    model = make_model("gpt2-tied", **SIZE)
+    model.register_buffer("scale", torch.ones(3))
+    with pytest.raises(AnatomyError, match="scale"):
+        anatomy_of(model)
+
+
+def test_a_parameter_of_another_shape_is_an_error():
+    model = make_model("gpt2-tied", **SIZE)
+    model.resize_token_embeddings(77)
+    model.config.vocab_size = 53
+    with pytest.raises(AnatomyError, match="config and the weights disagree"):
+        anatomy_of(model)
+
+
+def test_attention_that_depends_on_the_layers_index_is_refused():
+    model = transformers.GPT2Model(transformers.GPT2Config(n_layer=1, scale_attn_by_inverse_layer_idx=True))
+    with pytest.raises(AnatomyError, match="scale_attn_by_inverse_layer_idx"):
+        anatomy_of(model)
+
+
+def test_blocks_that_attend_in_different_ways_keep_their_depth():
+    config = transformers.Qwen2Config(
+        hidden_size=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=4,
+        intermediate_size=16,
+        vocab_size=31,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=2,
+    )
+    model = transformers.Qwen2ForCausalLM(config)
+    anatomy = anatomy_of(model)
+    assert [block.attention.window for block in anatomy.blocks] == [None, None, 4, 4]
+    assert anatomy_of(build_resized(model, anatomy, anatomy.reduced(2, 1))).size.depths == (4,)
+    with pytest.raises(AnatomyError, match="depth factor 1"):
+        build_resized(model, anatomy, anatomy.reduced(2, 2))
+
+
+def test_subclasses_are_found_through_their_bases():
+    class MyGPT(transformers.GPT2LMHeadModel):
+        pass
+
+    assert anatomy_of(MyGPT(make_model("gpt2-tied", **SIZE).config)).family == "gpt2"
+
+
+def test_users_can_register_their_own():
+    class Mine(transformers.GPT2Model):
+        pass
+
+    class Other(nn.Module):
+        pass
+
+    @register_anatomy("mine", [Other])
+    def describe(model):
+        return anatomy_of(make_model("gpt2-tied", **SIZE))
+
+    assert anatomy_of(Other()).family == "gpt2"
+
+
+def test_finding_the_transformer():
+    host = nn.Module()
+    host.backbone = nn.Sequential(make_model("gpt2-tied", **SIZE))
+    path, model = find_transformer(host)
+    assert path == "backbone.0"
+    assert model is host.backbone[0]

@@ -1,0 +1,145 @@
+"""Checkpoints of any phase: the size is right before the weights are loaded, wherever they are loaded."""
+
+from __future__ import annotations
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_accel import Level, MultiLevelTraining, Phase, ResizableMixin
+from lit_accel.anatomy import AnatomyError
+from tests.training import TinyModule, loader, make_trainer
+
+PHASES = [Phase(0, 3), Phase(1, 6), Phase(0)]
+SMALL_STEP = 6
+
+
+class OwnHooks(ResizableMixin, TinyModule):
+    """A user's module whose class can load checkpoints of any size by itself."""
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["weights-only", "full"])
+def small_checkpoint(tmp_path_factory, request):
+    """A checkpoint from the small phase, and the weights that were saved into it."""
+    folder = tmp_path_factory.mktemp("small")
+    weights = {}
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == SMALL_STEP:
+                weights.update({key: value.clone() for key, value in pl_module.state_dict().items()})
+
+    save = ModelCheckpoint(
+        folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_weights_only=request.param
+    )
+    trainer = make_trainer(
+        folder,
+        callbacks=[MultiLevelTraining(phases=PHASES), save, Keep()],
+        enable_checkpointing=True,
+        max_steps=12,
+    )
+    trainer.fit(TinyModule(), loader())
+    return folder / f"step={SMALL_STEP}.ckpt", weights
+
+
+def assert_is_small(module, weights):
+    assert module.net.config.n_layer == 2
+    state = module.state_dict()
+    assert state.keys() == weights.keys()
+    for key, value in weights.items():
+        assert torch.equal(state[key], value)
+
+
+@pytest.mark.parametrize("method", ["validate", "test", "predict"])
+@pytest.mark.parametrize("module_class", [TinyModule, OwnHooks])
+def test_evaluation_of_a_small_phase(tmp_path, small_checkpoint, method, module_class, capsys, caplog):
+    path, weights = small_checkpoint
+    module = module_class()
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES)])
+    with caplog.at_level("INFO"):
+        getattr(trainer, method)(module, loader(num_samples=16), ckpt_path=path)
+    assert_is_small(module, weights)
+    assert "this is the model of level 1" in caplog.text + capsys.readouterr().err
+
+
+def test_evaluation_with_a_stock_trainer(tmp_path, small_checkpoint):
+    path, weights = small_checkpoint
+    module = OwnHooks()
+    make_trainer(tmp_path, strategy="auto").validate(module, loader(num_samples=16), ckpt_path=path)
+    assert_is_small(module, weights)
+
+
+def test_load_from_checkpoint(small_checkpoint):
+    path, weights = small_checkpoint
+    assert_is_small(OwnHooks.load_from_checkpoint(path), weights)
+
+
+def test_the_record_is_primitive_and_versioned(small_checkpoint):
+    path, _ = small_checkpoint
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["lit_accel"]["version"] == 1
+    assert checkpoint["lit_accel"]["size"]["depths"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 99}, "Update lit-accel"),
+        ({"family": "bert"}, "holds a bert model"),
+        ({"vocab": 100}, "vocab 100"),
+    ],
+)
+def test_a_foreign_checkpoint_is_refused(tmp_path, small_checkpoint, change, message):
+    path, _ = small_checkpoint
+    checkpoint = torch.load(path, weights_only=True)
+    record = checkpoint["lit_accel"]
+    if "vocab" in change:
+        record["size"]["axes"].update(change)
+    else:
+        record.update(change)
+    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    with pytest.raises(AnatomyError, match=message):
+        OwnHooks.load_from_checkpoint(tmp_path / "changed.ckpt")
+
+
+def test_a_checkpoint_without_record_loads_as_it_is(tmp_path):
+    module = OwnHooks()
+    trainer = make_trainer(tmp_path, strategy="auto", max_steps=1)
+    trainer.fit(TinyModule(), loader())
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    make_trainer(tmp_path, strategy="auto").validate(module, loader(num_samples=16), ckpt_path=tmp_path / "plain.ckpt")
+    assert module.net.config.n_layer == 4
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+@pytest.mark.parametrize("state", ["reset", "project"])
+def test_a_run_resumed_at_any_step_is_bitwise_the_uninterrupted_one(tmp_path, stop, state):
+    """Every step of the run, so each phase and each switch exactly; one batch an epoch keeps the data in step."""
+
+    def run(steps, checkpoint=None):
+        module = TinyModule(scheduler="cosine" if state == "reset" else "linear")
+        # The whole run's schedule, whatever step it stops at.
+        callback = MultiLevelTraining(
+            [Level()], PHASES, alpha=0.5, optimizer_state=state, learning_rate="rewarm", num_rewarm_steps=2
+        )
+        trainer = make_trainer(tmp_path, callbacks=[callback, StopAt(steps)], max_epochs=12)
+        trainer.fit(module, loader(num_samples=8), ckpt_path=checkpoint)
+        return module, trainer
+
+    _, trainer = run(stop)
+    path = tmp_path / f"{stop}.ckpt"
+    trainer.save_checkpoint(path)
+    resumed, _ = run(12, path)
+    whole, _ = run(12)
+    assert resumed.rates == whole.rates[stop:]
+    for key, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], value)
+
+
+class StopAt(L.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.global_step >= self.step

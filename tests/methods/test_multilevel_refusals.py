@@ -1,0 +1,190 @@
+"""What cannot work is refused in setup, with a message that says what to do."""
+
+from __future__ import annotations
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lit_accel.strategies import ResizableDDPStrategy
+
+from lit_accel import Level, MultiLevelTraining, Phase
+from lit_accel.anatomy import AnatomyError
+from tests.training import TinyModule, loader, make_trainer
+
+# Known length without a data loader, for tests that call setup alone.
+ENDLESS = {"max_steps": 100, "max_epochs": -1}
+
+
+def fit(tmp_path, callback, *others, module=None, **kwargs):
+    module = module or TinyModule()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    try:
+        trainer = make_trainer(tmp_path, callbacks=[callback, *others], **{"max_steps": 10, **kwargs})
+        trainer.fit(module, loader())
+    finally:
+        # Nothing is lost: the module is what it was.
+        for key, value in before.items():
+            assert torch.equal(module.state_dict()[key], value)
+        assert module.losses == []
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_a_stock_strategy(tmp_path, strategy):
+    with pytest.raises(MisconfigurationException, match='strategy="resizable"'):
+        fit(tmp_path, MultiLevelTraining(), strategy=strategy)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        EMAWeightAveraging,
+        lambda: StochasticWeightAveraging(swa_lrs=1e-3),
+        lambda: ModelPruning("l1_unstructured"),
+        BackboneFinetuning,
+    ],
+    ids=["ema", "swa", "pruning", "finetuning"],
+)
+def test_callbacks_that_hold_on_to_parameters(tmp_path, make):
+    other = make()
+    with pytest.raises(MisconfigurationException, match=type(other).__name__):
+        fit(tmp_path, MultiLevelTraining(), other)
+
+
+def test_early_stopping_is_warned_about(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(), EarlyStopping("val/loss")], **ENDLESS)
+    with pytest.warns(UserWarning, match="EarlyStopping"):
+        trainer.callbacks[0].setup(trainer_connected(trainer), trainer.lightning_module, "fit")
+
+
+def trainer_connected(trainer: L.Trainer) -> L.Trainer:
+    trainer.strategy.connect(TinyModule())
+    return trainer
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+def test_spawned_processes_with_an_unclosed_cycle(tmp_path, start_method):
+    callback = MultiLevelTraining(phases=[Phase(0, 3), Phase(1)])
+    trainer = make_trainer(
+        tmp_path, callbacks=[callback], **ENDLESS, strategy=ResizableDDPStrategy(start_method=start_method)
+    )
+    with pytest.raises(MisconfigurationException, match="End with a phase"):
+        callback.setup(trainer_connected(trainer), trainer.lightning_module, "fit")
+
+
+def test_an_unclosed_cycle_is_warned_about(tmp_path):
+    callback = MultiLevelTraining(phases=[Phase(0, 3), Phase(1)])
+    trainer = make_trainer(tmp_path, callbacks=[callback], **ENDLESS)
+    with pytest.warns(UserWarning, match="end with a smaller model"):
+        callback.setup(trainer_connected(trainer), trainer.lightning_module, "fit")
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ([Phase(0, 3), Phase(1, 8), Phase(0)], "longer than the run"),
+        ([Phase(0, 3), Phase(1, 7), Phase(0)], "no optimizer step"),
+        ([Phase(0, 3), Phase(2, 3), Phase(0)], "no such level"),
+        ([Phase(0, 3), Phase(1), Phase(0)], "only the last phase"),
+        ([Phase(0, 1.5), Phase(0)], "between 0 and 1"),
+        ([Phase(0, -2), Phase(0)], "no optimizer step"),
+        ([Phase(0, 3, lr_scale=0.0), Phase(0)], "must be positive"),
+        ([], "phases is empty"),
+    ],
+)
+def test_phases_that_do_not_fit(tmp_path, phases, message):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, MultiLevelTraining(phases=phases))
+
+
+def test_a_run_without_end(tmp_path):
+    with pytest.raises(MisconfigurationException, match="how long the run is"):
+        fit(tmp_path, MultiLevelTraining(), max_steps=-1, max_epochs=-1)
+
+
+@pytest.mark.parametrize(("level", "what"), [(Level(width=3, depth=1), "width"), (Level(width=1, depth=3), "depth")])
+def test_factors_that_do_not_divide(tmp_path, level, what):
+    with pytest.raises(AnatomyError, match=f"{what}.* cannot be divided by 3"):
+        fit(tmp_path, MultiLevelTraining([level]))
+
+
+def test_groups_of_query_heads_that_do_not_divide(tmp_path):
+    with pytest.raises(AnatomyError, match="kv_heads is 2, queries_per_kv is 2"):
+        fit(tmp_path, MultiLevelTraining([Level(width=8)]), module=TinyModule("llama-gqa"))
+
+
+def test_a_model_without_anatomy(tmp_path):
+    class Module(TinyModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(2, 2)
+
+    with pytest.raises(AnatomyError, match=r"(?s)net \(Linear\).*gpt2: .*register_anatomy"):
+        fit(tmp_path, MultiLevelTraining(), module=Module())
+
+
+def test_two_transformers(tmp_path):
+    module = TinyModule()
+    module.teacher = TinyModule().net
+    with pytest.raises(AnatomyError, match=r"2 transformers: net .*teacher"):
+        fit(tmp_path, MultiLevelTraining(), module=module)
+
+
+def test_blocks_that_are_frozen_in_part(tmp_path):
+    module = TinyModule()
+    module.net.transformer.h[0].requires_grad_(False)
+    with pytest.raises(AnatomyError, match="frozen in part"):
+        fit(tmp_path, MultiLevelTraining(), module=module)
+
+
+def test_an_optimizer_whose_state_cannot_be_carried(tmp_path):
+    module = TinyModule(optimizer=torch.optim.Adagrad)
+    with pytest.raises(MisconfigurationException, match="Adagrad"):
+        fit(tmp_path, MultiLevelTraining(optimizer_state="project"), module=module)
+
+
+def test_a_scheduler_beside_the_papers_schedule(tmp_path):
+    with pytest.raises(MisconfigurationException, match="LambdaLR"):
+        fit(tmp_path, MultiLevelTraining(preset="paper"), module=TinyModule(scheduler="linear"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "best"}, "'correction', 'paper', 'exact'"),
+        ({"alpha": 0.5, "coarse": 1.0}, "either it alone"),
+        ({"alpha": 2.0}, "between 0 and 1"),
+        ({"levels": []}, "at least one smaller level"),
+        ({"num_rewarm_steps": 0}, "at least 1"),
+        ({"learning_rate": "warm"}, "'continue', 'rewarm', 'paper'"),
+        ({"optimizer_state": "keep"}, "'reset', 'project', 'second_moment'"),
+    ],
+)
+def test_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MultiLevelTraining(**arguments)
+
+
+def test_an_optimizer_that_was_bound_once(tmp_path):
+    """What LightningCLI does by default: the old optimizer is returned for ever."""
+
+    class Bound(TinyModule):
+        def configure_optimizers(self):
+            if not hasattr(self, "_bound"):
+                self._bound = torch.optim.SGD(self.parameters(), lr=0.1)
+            return self._bound
+
+    trainer = make_trainer(
+        tmp_path, callbacks=[MultiLevelTraining(phases=[Phase(0, 2), Phase(1, 4), Phase(0)])], max_steps=10
+    )
+    with pytest.raises(MisconfigurationException, match="auto_configure_optimizers=False"):
+        trainer.fit(Bound(), loader())

@@ -1,0 +1,137 @@
+"""The resizing strategies, used by a callback that is not ours."""
+
+from __future__ import annotations
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_accel.anatomy import anatomy_of
+from lit_accel.methods.multilevel import coalesce, level_map
+from lit_accel.strategies import ResizableDDPStrategy, ResizableSingleDeviceStrategy
+from scripts.measure_transition import measure
+from tests.training import TinyModule, loader, make_trainer
+
+
+class Halve(L.Callback):
+    """Halves the depth at a step, as any user's callback could."""
+
+    def __init__(self, at: int = 3, carry=None, fail: bool = False) -> None:
+        self.at, self.carry, self.fail = at, carry, fail
+        self.done = False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step != self.at or self.done:
+            return
+        self.done = True
+
+        def rebuild():
+            if self.fail:
+                raise RuntimeError("no")
+            pl_module.net = coalesce(pl_module.net, level_map(anatomy_of(pl_module.net), width=1, depth=2))
+
+        trainer.strategy.resize(rebuild, self.carry)
+
+
+def test_names_are_registered():
+    assert StrategyRegistry["resizable"]["strategy"] is ResizableSingleDeviceStrategy
+    assert StrategyRegistry["resizable_ddp"]["strategy"] is ResizableDDPStrategy
+
+
+@pytest.mark.parametrize("strategy", ["resizable", "resizable_ddp"])
+def test_other_callbacks_can_resize(tmp_path, strategy):
+    module = TinyModule(scheduler="cosine")
+    monitor = LearningRateMonitor()
+    trainer = make_trainer(
+        tmp_path, callbacks=[Halve(), monitor], strategy=strategy, max_steps=8, logger=CSVLogger(tmp_path)
+    )
+    trainer.fit(module, loader())
+    assert module.sizes[:3] == [module.sizes[0]] * 3
+    assert len(set(module.sizes[3:])) == 1
+    assert module.sizes[3] < module.sizes[2]
+    (event,) = trainer.strategy.resizes
+    assert (event.step, event.num_parameters_before, event.num_parameters_after) == (3, *module.sizes[2:4])
+    # The wrapper of the new size is gone at the end, as Lightning's own is.
+    assert trainer.strategy.model is module
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def test_a_resize_without_training_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.validate(TinyModule(), loader(num_samples=8))
+    with pytest.raises(MisconfigurationException, match="while it is being trained"):
+        trainer.strategy.resize(lambda: None)
+
+
+def test_resizing_in_validation_is_refused(tmp_path):
+    class InValidation(L.Callback):
+        def on_validation_start(self, trainer, pl_module):
+            trainer.strategy.resize(lambda: None)
+
+    trainer = make_trainer(tmp_path, callbacks=[InValidation()], max_steps=4, num_sanity_val_steps=0)
+    with pytest.raises(MisconfigurationException, match="on_train_batch_start"):
+        trainer.fit(TinyModule(), loader(num_samples=8), loader(num_samples=8))
+
+
+@pytest.mark.parametrize("carry", [None, dict])
+def test_a_failed_rebuild_leaves_the_old_model(tmp_path, carry):
+    module = TinyModule()
+    net = module.net
+    with pytest.raises(RuntimeError, match="no"):
+        make_trainer(tmp_path, callbacks=[Halve(fail=True, carry=carry)], max_steps=8).fit(module, loader())
+    assert module.net is net
+
+
+def test_changed_parameter_groups_are_refused(tmp_path):
+    class Groups(TinyModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD([{"params": [parameter]} for parameter in self.parameters()], lr=0.1)
+
+    with pytest.raises(MisconfigurationException, match="independent of the model's size"):
+        make_trainer(tmp_path, callbacks=[Halve()], max_steps=8).fit(Groups(), loader())
+
+
+def test_several_devices_are_refused():
+    with pytest.raises(MisconfigurationException, match="resizable_ddp"):
+        L.Trainer(strategy="resizable", accelerator="cpu", devices=2)
+
+
+@pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}])
+def test_options_of_the_wrapper_survive(tmp_path, options):
+    module = TinyModule()
+    make_trainer(tmp_path, callbacks=[Halve()], strategy=ResizableDDPStrategy(**options), max_steps=8).fit(
+        module, loader()
+    )
+    assert module.sizes[3] < module.sizes[2]
+    torch.distributed.destroy_process_group()
+
+
+def test_global_randomness_is_untouched(tmp_path):
+    """A resize draws nothing: the next dropout mask is the one that would have come anyway."""
+    states = []
+
+    class State(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            states.append(torch.get_rng_state())
+
+    for callbacks in ([State()], [State(), Halve()]):
+        L.seed_everything(1, verbose=False)
+        make_trainer(tmp_path, callbacks=callbacks, max_steps=6).fit(TinyModule(), loader())
+    half = len(states) // 2
+    for plain, resized in zip(states[:half], states[half:], strict=True):
+        assert torch.equal(plain, resized)
+
+
+@pytest.mark.parametrize("optimizer_state", ["reset", "project"])
+def test_a_transition_costs_little(optimizer_state):
+    """Ten million parameters: less than three optimizer steps, and less memory than weights and moments take."""
+    cost = measure(optimizer_state)
+    assert cost["num_parameters"] > 10_000_000
+    assert max(cost["down_in_steps"], cost["up_in_steps"]) < 3
+    assert max(cost["extra_bytes_down"], cost["extra_bytes_up"]) < cost["weights_and_moments_bytes"]
+    assert cost["extra_bytes_up"] > 0

@@ -1,0 +1,312 @@
+import functools
+import math
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.cli import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from lit_accel.schedules import warmup_decay_factor
+from lit_accel.tasks import CausalLM, MaskedLM, SavePretrained, WarmupDecay, weight_decay_groups
+
+VOCAB_SIZE, BLOCK_SIZE = 61, 12
+GPT2 = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16}
+LLAMA = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1,
+         "intermediate_size": 24, "max_position_embeddings": 16}  # fmt: skip
+QWEN3 = {**LLAMA, "head_dim": 8}
+BERT = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24,
+        "max_position_embeddings": 16}  # fmt: skip
+TASKS = {
+    "gpt2": (CausalLM, GPT2),
+    "llama": (CausalLM, LLAMA),
+    "qwen3": (CausalLM, QWEN3),
+    "bert": (MaskedLM, BERT),
+}
+
+
+def make_task(model_type="gpt2", **arguments):
+    task_class, overrides = TASKS[model_type]
+    seed_everything(1, verbose=False)
+    return task_class(model_type, **{"overrides": overrides, "vocab_size": VOCAB_SIZE, **arguments})
+
+
+def make_batch(batch_size=3, seed=0):
+    """A batch in which texts differ in the number of their targets."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(VOCAB_SIZE, (batch_size, BLOCK_SIZE), generator=generator)
+    hidden = torch.rand(input_ids.shape, generator=generator) < 0.4
+    return {"input_ids": input_ids, "labels": input_ids.masked_fill(hidden, -100)}
+
+
+class Batches(LightningDataModule):
+    def __init__(self, num_batches=2):
+        super().__init__()
+        self.num_batches = num_batches
+
+    def _batches(self, first_seed):
+        batches = [make_batch(batch_size=1 + i, seed=first_seed + i) for i in range(self.num_batches)]
+        return DataLoader(batches, batch_size=None)
+
+    def train_dataloader(self):
+        return self._batches(0)
+
+    def val_dataloader(self):
+        return self._batches(100)
+
+    def test_dataloader(self):
+        return self._batches(100)
+
+    def predict_dataloader(self):
+        return self._batches(100)
+
+
+def make_trainer(tmp_path, **options):
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
+    return Trainer(default_root_dir=tmp_path, **{**quiet, "enable_checkpointing": False, **options})
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    make_task("gpt2").model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("model_type", TASKS)
+def test_loss_is_hugging_faces_own(model_type):
+    task, batch = make_task(model_type).eval(), make_batch()
+    ours = task.training_step(batch, 0)
+    theirs = task.model(**batch).loss
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
+
+
+def test_padding_is_not_attended_to():
+    task, batch = make_task("llama").eval(), make_batch()
+    attention_mask = torch.ones_like(batch["input_ids"])
+    attention_mask[0, -4:] = 0
+    padded = task(batch["input_ids"], attention_mask)
+    assert torch.allclose(padded[0, :-4], task(batch["input_ids"])[0, :-4], atol=1e-6)
+    predicted = task.predict_step({**batch, "attention_mask": attention_mask}, 0)
+    assert torch.equal(predicted, torch.stack([padded[0, -5], padded[1, -1], padded[2, -1]]))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bert"])
+def test_held_out_metrics_weigh_every_token_the_same(model_type, tmp_path):
+    task, data = make_task(model_type), Batches(num_batches=3)
+    trainer = make_trainer(tmp_path)
+    (logged,) = trainer.validate(task, data, verbose=False)
+    (tested,) = trainer.test(task, data, verbose=False)
+
+    total, correct, count = 0.0, 0, 0
+    for batch in data.val_dataloader():
+        labels = batch["labels"]
+        logits = task.eval().model(batch["input_ids"]).logits.double()
+        if model_type == "gpt2":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        kept = labels != -100
+        total -= logits[kept].log_softmax(-1).gather(-1, labels[kept][:, None]).sum().item()
+        correct += (logits[kept].argmax(-1) == labels[kept]).sum().item()
+        count += kept.sum().item()
+
+    assert logged["val/loss"] == pytest.approx(total / count, rel=1e-6)
+    assert logged["val/perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert logged["val/accuracy"] == pytest.approx(correct / count)
+    assert {name.replace("test/", "val/"): value for name, value in tested.items()} == logged
+
+
+def test_a_batch_without_targets_costs_nothing():
+    task, batch = make_task(), make_batch()
+    loss = task.training_step({**batch, "labels": torch.full_like(batch["labels"], -100)}, 0)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not p.grad.any() for p in task.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(("model_type", "shape"), [("gpt2", (1, VOCAB_SIZE)), ("bert", (1, BLOCK_SIZE, VOCAB_SIZE))])
+def test_predictions(model_type, shape, tmp_path):
+    first, second = make_trainer(tmp_path).predict(make_task(model_type), Batches())
+    assert first.shape == shape
+    assert len(second) == 2
+
+
+@pytest.mark.parametrize("model_type", TASKS)
+def test_weight_decay_groups_are_complete_and_disjoint(model_type):
+    task = make_task(model_type)
+    next(task.model.base_model.parameters()).requires_grad_(False)
+    decaying, rest = weight_decay_groups(task, weight_decay=0.3)
+    assert {p.ndim for p in rest["params"]} == {1}
+    assert all(p.ndim >= 2 for p in decaying["params"])
+    assert (decaying["weight_decay"], rest["weight_decay"]) == (0.3, 0)
+    grouped = [id(p) for p in decaying["params"] + rest["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in task.parameters() if p.requires_grad}
+
+
+def test_weight_decay_is_left_to_the_optimizer_by_default():
+    optimizer = make_task(optimizer=functools.partial(torch.optim.AdamW, weight_decay=0.07)).configure_optimizers()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.07, 0]
+
+
+def test_optimizers_are_made_anew_over_the_present_parameters():
+    task = make_task()
+    before = task.configure_optimizers()
+    task.model = make_task(overrides={**GPT2, "n_embd": 8}).model
+    after = task.configure_optimizers()
+    held = {id(p) for group in after.param_groups for p in group["params"]}
+    assert after is not before
+    assert held == {id(p) for p in task.parameters()}
+
+
+def test_plateau_schedulers_keep_their_monitor():
+    configured = make_task(lr_scheduler=lambda o: ReduceLROnPlateau(o, monitor="val/loss")).configure_optimizers()
+    assert configured["lr_scheduler"]["monitor"] == "val/loss"
+
+
+def test_the_schedule_is_bound_to_the_length_of_the_run(tmp_path):
+    task = make_task(
+        optimizer=functools.partial(torch.optim.AdamW, lr=0.01),
+        lr_scheduler=functools.partial(WarmupDecay, num_warmup_steps=2, decay="cosine"),
+    )
+    rates = []
+    task.on_before_optimizer_step = lambda optimizer: rates.append(optimizer.param_groups[0]["lr"])
+    make_trainer(tmp_path, max_steps=5, max_epochs=-1, limit_val_batches=0).fit(task, Batches())
+    curve = {"num_warmup_steps": 2, "num_total_steps": 5, "decay": "cosine"}
+    assert rates == [0.01 * warmup_decay_factor(step, **curve) for step in range(5)]
+
+
+def test_an_endless_run_has_no_schedule_to_follow(tmp_path):
+    task = make_task(lr_scheduler=WarmupDecay)
+    with pytest.raises(ValueError, match=r"trainer\.max_steps"):
+        make_trainer(tmp_path, max_epochs=-1).fit(task, Batches())
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bert"])
+def test_load_from_checkpoint_restores_the_weights(model_type, tmp_path):
+    task = make_task(
+        model_type,
+        optimizer=functools.partial(torch.optim.AdamW, lr=0.01),
+        lr_scheduler=functools.partial(WarmupDecay, decay="linear"),
+    )
+    trainer = make_trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    trainer.fit(task, Batches())
+    for weights_only in (False, True):
+        trainer.save_checkpoint(tmp_path / "run.ckpt", weights_only=weights_only)
+        checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+        assert all(name.startswith("model.") for name in checkpoint["state_dict"])
+        loaded = type(task).load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(task.parameters(), loaded.parameters(), strict=True))
+
+
+def test_resuming_gives_the_run_that_was_not_interrupted(tmp_path):
+    def fit(num_steps, ckpt_path=None):
+        task = make_task(lr_scheduler=functools.partial(WarmupDecay, num_warmup_steps=0.5, num_total_steps=4))
+        trainer = make_trainer(tmp_path, max_steps=num_steps, limit_val_batches=0, max_epochs=-1)
+        seed_everything(7, verbose=False)
+        # One batch, for where in the data a run resumes is the data loader's affair.
+        trainer.fit(task, Batches(num_batches=1), ckpt_path=ckpt_path)
+        return trainer, task
+
+    dropless = {**GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TASKS, "gpt2", (CausalLM, dropless))
+        _, whole = fit(4)
+        half, _ = fit(2)
+        half.save_checkpoint(tmp_path / "half.ckpt")
+        _, resumed = fit(4, ckpt_path=tmp_path / "half.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_the_seed_decides_the_initialisation():
+    first, second = make_task(), make_task()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_field_that_does_not_exist_is_refused_with_the_one_that_was_meant():
+    with pytest.raises(ValueError, match=r"'n_layers'.*'n_layer'"):
+        make_task(overrides={**GPT2, "n_layers": 2})
+
+
+def test_a_field_may_go_by_its_common_name():
+    task = make_task(overrides={**GPT2, "num_hidden_layers": 3, "attn_implementation": "eager"})
+    assert len(task.model.transformer.h) == 3
+    assert task.model.config._attn_implementation == "eager"
+
+
+def test_special_tokens_beyond_the_vocabulary_are_dropped():
+    config = make_task().model.config
+    assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (VOCAB_SIZE, None, None)
+
+
+def test_two_vocabulary_sizes_are_one_too_many():
+    with pytest.raises(ValueError, match="overrides"):
+        make_task(overrides={**GPT2, "vocab_size": VOCAB_SIZE + 1})
+    assert make_task(overrides={**GPT2, "vocab_size": 7}, vocab_size=None).model.config.vocab_size == 7
+
+
+def test_a_folder_gives_weights_in_training_mode(pretrained):
+    original = make_task().model
+    model = CausalLM(pretrained, vocab_size=VOCAB_SIZE, overrides={"resid_pdrop": 0.0}).model
+    assert model.training
+    assert model.config.resid_pdrop == 0
+    assert all(torch.equal(a, b) for a, b in zip(original.parameters(), model.parameters(), strict=True))
+
+
+def test_a_folder_may_give_its_shape_alone(pretrained):
+    seed_everything(2, verbose=False)
+    model = CausalLM(pretrained, pretrained=False, vocab_size=7).model
+    assert model.get_input_embeddings().weight.shape == (7, 16)
+    assert model.get_input_embeddings().weight.std() > 0
+
+
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE + 1, VOCAB_SIZE // 2])
+def test_pretrained_weights_belong_to_their_vocabulary(pretrained, vocab_size):
+    with pytest.raises(ValueError, match="tokenizer"):
+        CausalLM(pretrained, vocab_size=vocab_size)
+
+
+def test_rows_that_pad_the_embeddings_are_no_other_vocabulary(pretrained):
+    assert CausalLM(pretrained, vocab_size=VOCAB_SIZE - 1).model.config.vocab_size == VOCAB_SIZE
+
+
+def test_a_misspelt_model_type_is_told_from_a_missing_one(monkeypatch):
+    def offline(name, **_):
+        raise OSError("no such model")
+
+    monkeypatch.setattr("lit_accel.tasks.hugging_face.AutoConfig.from_pretrained", offline)
+    with pytest.raises(ValueError, match="'gpt2'"):
+        CausalLM("gtp2")
+
+
+def test_blocks_are_compiled_only_when_asked(monkeypatch):
+    compiled = []
+    monkeypatch.setattr("lit_accel.anatomy.compile_blocks", compiled.append)
+    make_task().configure_model()
+    assert not compiled
+    task = make_task(compile_blocks=True)
+    task.configure_model()
+    assert compiled == [task.model]
+
+
+def test_save_pretrained_writes_an_ordinary_folder(tmp_path):
+    class WithTokenizer(Batches):
+        def save_tokenizer(self, folder):
+            (tmp_path / "final" / "tokenizer.json").write_text(folder)
+
+    task, folder = make_task(), str(tmp_path / "final")
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=[SavePretrained(folder)])
+    trainer.fit(task, WithTokenizer())
+    again = CausalLM(folder, vocab_size=VOCAB_SIZE)
+    assert all(torch.equal(a, b) for a, b in zip(task.parameters(), again.parameters(), strict=True))
+    assert (tmp_path / "final" / "tokenizer.json").read_text() == folder
+
+
+def test_save_pretrained_leaves_a_trial_run_alone(tmp_path):
+    trainer = make_trainer(tmp_path, fast_dev_run=True, callbacks=[SavePretrained(str(tmp_path / "final"))])
+    trainer.fit(make_task(), Batches())
+    assert not (tmp_path / "final").exists()

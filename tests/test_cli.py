@@ -1,0 +1,228 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch.utils.data import DataLoader
+
+from lit_accel.cli import LitAccelCLI, main
+from lit_accel.tasks import CausalLM
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(CONFIGS.glob("recipe/*.yaml"))
+VOCAB_SIZE = 37
+
+
+class RandomTokens(LightningDataModule):
+    """Says how many tokens there are, as a data module of text does."""
+
+    def __init__(self, vocab_size: int = VOCAB_SIZE, block_size: int = 8):
+        super().__init__()
+        self._vocab_size, self.block_size = vocab_size, block_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def _loader(self):
+        tokens = torch.randint(self._vocab_size, (4, self.block_size))
+        return DataLoader([{"input_ids": text, "labels": text} for text in tokens], batch_size=2)
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = _loader
+
+
+class NoVocabulary(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(torch.ones(2, 3))
+
+
+class OwnVocabulary(LightningModule):
+    def __init__(self, vocab_size: int = 5):
+        super().__init__()
+        self.vocab_size = vocab_size
+
+
+class NoArguments(LightningModule):
+    pass
+
+
+MODEL = {
+    "model": {
+        "class_path": "lit_accel.tasks.CausalLM",
+        "init_args": {
+            "model": "gpt2",
+            "overrides": {"n_layer": 2, "n_embd": 8, "n_head": 2, "n_positions": 8},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.03, "weight_decay": 0.2}},
+            "lr_scheduler": {
+                "class_path": "lit_accel.tasks.WarmupDecay",
+                "init_args": {"num_warmup_steps": 0.5},
+            },
+        },
+    }
+}
+DATA = {"data": {"class_path": f"{__name__}.RandomTokens", "init_args": {"block_size": 8}}}
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "max_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # LightningCLI warns where the process has arguments of its own, as pytest has.
+    monkeypatch.setattr("sys.argv", ["lit-accel"])
+
+
+def files(**contents):
+    arguments = []
+    for name, content in contents.items():
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(content))
+        arguments += ["--config", f"{name}.yaml"]
+    return arguments
+
+
+def parsed(*arguments):
+    """The command with everything built and nothing run."""
+
+    class Stopped(LitAccelCLI):
+        def _run_subcommand(self, subcommand):
+            pass
+
+    return Stopped(list(arguments))
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+def test_two_files_compose_into_a_run(subcommand):
+    trainer = {"trainer": {**QUIET, "logger": False, "fast_dev_run": True}}
+    main([subcommand, *files(model={**MODEL, "seed_everything": 3}, data={**DATA, **trainer})])
+
+
+def test_the_vocabulary_of_the_data_is_the_models():
+    cli = parsed("fit", *files(model=MODEL, data=DATA))
+    assert cli.model.model.config.vocab_size == VOCAB_SIZE
+    assert cli.model.hparams["vocab_size"] == VOCAB_SIZE
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "vocab_size"),
+    [
+        ("OwnVocabulary", "RandomTokens", VOCAB_SIZE),
+        ("OwnVocabulary", "NoVocabulary", 5),
+        ("OwnVocabulary", None, 5),
+        ("NoArguments", "RandomTokens", None),
+    ],
+)
+def test_without_a_vocabulary_on_both_sides_nothing_is_linked(model, data, vocab_size):
+    data_arguments = [f"--data={__name__}.{data}"] if data else []
+    cli = parsed("fit", f"--model={__name__}.{model}", *data_arguments)
+    assert getattr(cli.model, "vocab_size", None) == vocab_size
+
+
+def test_a_vocabulary_can_be_given_where_the_data_has_none():
+    cli = parsed("fit", f"--model={__name__}.OwnVocabulary", "--model.vocab_size=9", f"--data={__name__}.NoVocabulary")
+    assert cli.model.vocab_size == 9
+
+
+def test_the_module_configures_its_own_optimizer():
+    cli = parsed("fit", *files(model=MODEL, data=DATA), "--model.init_args.lr_scheduler=null")
+    first, second = (cli.model.configure_optimizers() for _ in range(2))
+    assert first is not second
+    assert [group["lr"] for group in first.param_groups] == [0.03, 0.03]
+    assert [group["weight_decay"] for group in first.param_groups] == [0.2, 0]
+
+
+def test_print_config_prints_and_runs_nothing(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *files(model=MODEL, data=DATA), "--print_config"])
+    assert exit_.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["overrides"]["n_embd"] == 8
+    assert printed["data"]["init_args"]["vocab_size"] == VOCAB_SIZE
+
+
+def test_a_later_file_overrides_an_earlier_one():
+    later = {"model": {"init_args": {"overrides": {"n_layer": 1, "n_embd": 4, "n_head": 1, "n_positions": 8}}}}
+    cli = parsed("fit", *files(model=MODEL, data=DATA, later=later))
+    assert cli.model.model.config.n_layer == 1
+
+
+def test_an_unknown_field_is_refused_before_training():
+    with pytest.raises((SystemExit, ValueError)) as refusal:
+        parsed("fit", *files(model=MODEL, data=DATA), "--model.init_args.overrides.n_layers=3")
+    assert "n_layer" in str(refusal.value)
+
+
+def test_strategies_are_known_by_name():
+    cli = parsed("fit", *files(model=MODEL, data=DATA), "--trainer.strategy=resizable", "--trainer.accelerator=cpu")
+    assert type(cli.trainer.strategy).__name__ == "ResizableSingleDeviceStrategy"
+
+
+def test_a_run_of_the_command_line_can_be_loaded_resumed_and_validated():
+    trainer = {"trainer": {**QUIET, "logger": False, "default_root_dir": "."}, "seed_everything": 3}
+    config = files(model=MODEL, data=DATA, trainer=trainer)
+    main(["fit", *config])
+    (checkpoint,) = Path("checkpoints").glob("*.ckpt")
+
+    loaded = CausalLM.load_from_checkpoint(checkpoint, weights_only=True)
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["global_step"] == 2
+    assert all(torch.equal(saved["state_dict"][name], value) for name, value in loaded.state_dict().items())
+
+    main(["validate", *config, "--ckpt_path", str(checkpoint)])
+    main(["fit", *config, "--ckpt_path", str(checkpoint), "--trainer.max_steps=3"])
+    resumed = {torch.load(path, weights_only=True)["global_step"] for path in Path("checkpoints").glob("*.ckpt")}
+    assert 3 in resumed
+
+
+def test_a_resumed_command_keeps_its_own_optimizer():
+    trainer = {"trainer": {**QUIET, "logger": False, "default_root_dir": "."}}
+    config = files(model=MODEL, data=DATA, trainer=trainer)
+    main(["fit", *config])
+    (checkpoint,) = Path("checkpoints").glob("*.ckpt")
+    cli = parsed("fit", *config, "--ckpt_path", str(checkpoint))
+    init_args = cli.config["fit"]["model"]["init_args"]
+    assert init_args["optimizer"]["init_args"]["lr"] == 0.03
+    assert init_args["lr_scheduler"]["init_args"]["num_warmup_steps"] == 0.5
+
+
+def test_the_final_model_is_saved_where_the_callback_says():
+    callback = {"class_path": "lit_accel.tasks.SavePretrained", "init_args": {"folder": "final"}}
+    main(
+        [
+            "fit",
+            *files(
+                model=MODEL,
+                data=DATA,
+                trainer={"trainer": {**QUIET, "logger": False, "callbacks": [callback]}},
+            ),
+        ]
+    )
+    assert json.loads(Path("final/config.json").read_text())["vocab_size"] == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse(recipe, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(recipe), "--print_config"])
+    assert exit_.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] > 0
+
+
+@pytest.mark.parametrize("name", ["gpt2_dense", "bert_dense", "llama_dense"])
+def test_dense_recipes_run_on_a_little_text(name):
+    little = ["max_bytes=60000", "vocab_size=300", "block_size=16", "batch_size=2"]
+    main(
+        [
+            "fit",
+            *("--config", str(CONFIGS / f"recipe/{name}.yaml")),
+            *(f"--data.init_args.{argument}" for argument in little),
+            *("--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("data", ["stdlib_bpe", "stdlib_bytes"])
+def test_fragments_compose(data):
+    fragments = [CONFIGS / "model/gpt2_tiny.yaml", CONFIGS / f"data/{data}.yaml"]
+    cli = parsed("fit", *(f"--config={fragment}" for fragment in fragments), "--trainer.accelerator=cpu")
+    assert cli.model.model.config.vocab_size == cli.datamodule.vocab_size
