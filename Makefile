@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP)  ## train a small GPT densely and by V-cycle on real text; writes runs/demo
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 test: $(STAMP)  ## the tests, two-process ones included
 	$(BIN)/python -m pytest

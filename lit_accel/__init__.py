@@ -1,9 +1,10 @@
 """Components for PyTorch Lightning that make transformers cheaper to train, and say honestly by how much."""
 
 from lit_accel import strategies
+from lit_accel.compute import ComputeLedger
 from lit_accel.methods.multilevel.callback import MultiLevelTraining
 from lit_accel.methods.multilevel.mixin import MultiLevelMixin
 from lit_accel.methods.multilevel.phases import Level, Phase
 from lit_accel.resizing import ResizableMixin
 
-__all__ = ["Level", "MultiLevelMixin", "MultiLevelTraining", "Phase", "ResizableMixin", "strategies"]
+__all__ = ["ComputeLedger", "Level", "MultiLevelMixin", "MultiLevelTraining", "Phase", "ResizableMixin", "strategies"]

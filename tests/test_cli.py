@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 
@@ -6,8 +7,10 @@ import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
+from transformers import GPT2LMHeadModel
 
 from lit_accel.cli import LitAccelCLI, main
+from lit_accel.compute import read_ledger
 from lit_accel.tasks import CausalLM
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -208,17 +211,41 @@ def test_recipes_parse(recipe, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] > 0
 
 
-@pytest.mark.parametrize("name", ["gpt2_dense", "bert_dense", "llama_dense"])
-def test_dense_recipes_run_on_a_little_text(name):
+def run_a_little(*arguments):
     little = ["max_bytes=60000", "vocab_size=300", "block_size=16", "batch_size=2"]
     main(
         [
             "fit",
-            *("--config", str(CONFIGS / f"recipe/{name}.yaml")),
+            *arguments,
             *(f"--data.init_args.{argument}" for argument in little),
-            *("--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+            *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
         ]
     )
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_run_on_a_little_text(recipe):
+    # Three steps: in a rehearsal each phase of a method has one.
+    run_a_little("--config", str(recipe), "--trainer.fast_dev_run=3")
+
+
+def test_a_method_goes_on_top_of_a_dense_recipe(tmp_path, monkeypatch, capfd):
+    """The whole cycle from two files: ledger, loggers and the final model are where the recipe says."""
+    monkeypatch.chdir(tmp_path)
+    run_a_little(
+        *("--config", str(CONFIGS / "recipe/gpt2_dense.yaml")),
+        *("--config", str(CONFIGS / "method/multilevel.yaml")),
+        *("--trainer.max_steps=20", "--trainer.val_check_interval=10", "--trainer.limit_val_batches=2"),
+    )
+    run = tmp_path / "runs/gpt2_dense/version_0"
+    ledger = read_ledger(run)
+    assert set(ledger.phase) == {0, 1, 2}
+    assert ledger.flops[-1] < 0.8 * ledger.dense_flops[-1]
+    levels = [row["multilevel/level"] for row in csv.DictReader((run / "metrics.csv").open())]
+    assert {"0.0", "1.0"} & set(levels)
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "runs/gpt2_dense/model")
+    assert model.num_parameters() == ledger.num_parameters[-1]
+    assert "Compute ledger" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("data", ["stdlib_bpe", "stdlib_bytes"])

@@ -150,7 +150,7 @@ class MultiLevelTraining(L.Callback):
         self._path, transformer = find_transformer(pl_module)
         anatomy = anatomy_of(transformer)
         if not self.maps:
-            self.maps = self._plan_levels(anatomy)
+            self.maps = self.plan_levels(anatomy)
         ensure_resizable(pl_module)
         if stage == "fit":
             self._refuse_incompatible(trainer)
@@ -167,7 +167,18 @@ class MultiLevelTraining(L.Callback):
             self.schedule = resolve_phases(self.phases, len(self.levels) + 1, int(num_steps))
             self._check_end(trainer)
 
-    def _plan_levels(self, anatomy: Anatomy) -> list[LevelMap]:
+    def plan_levels(self, anatomy: Anatomy) -> list[LevelMap]:
+        """Return the maps between the levels of a model, without building any of them.
+
+        Args:
+            anatomy: The anatomy of the full model.
+
+        Returns:
+            One map a smaller level, from the largest down.
+
+        Raises:
+            AnatomyError: If a factor does not divide the size it is for.
+        """
         maps = []
         for level in self.levels:
             step = level_map(

@@ -1,0 +1,121 @@
+"""What a model's forward and backward pass cost, in closed form from its anatomy.
+
+The convention, everywhere in lit-accel:
+
+- One multiply-add is 2 FLOPs.
+- Counted: every matrix product with a parameter, tied heads included, and attention scores and values.
+- Not counted: embedding look-ups, norms, softmax, activations, positional encodings and the optimizer.
+- Backward costs twice the forward: one product for the gradient of the input, one for that of the weight.
+  Activation checkpointing repeats the forward pass of the blocks once. (PyTorch leaves the repetition early, once it
+  has all that it needs: where a block ends in a projection and an addition, it spares that projection.)
+
+Counts are Python integers: exact, and without an upper limit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lit_accel.anatomy import Anatomy, Attention
+
+CountedPairs = Literal["exact", "full"]
+"""Which pairs of tokens attention is charged for: those that the mask allows, or the full square."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """The FLOPs of one pass, by where they are spent.
+
+    Args:
+        blocks: FLOPs of each residual block, in order.
+        outside_blocks: FLOPs of the projections of embeddings, poolers and heads.
+    """
+
+    blocks: tuple[int, ...]
+    outside_blocks: int
+
+    @property
+    def total(self) -> int:
+        """FLOPs of the whole model."""
+        return sum(self.blocks) + self.outside_blocks
+
+
+def attention_pairs(attention: Attention, num_tokens: int, counted: CountedPairs = "exact") -> int:
+    """Count the pairs of a query and a key in one head over one sequence.
+
+    Args:
+        attention: The attention, with its mask's form.
+        num_tokens: Tokens of the sequence.
+        counted: ``"exact"`` counts the pairs that the mask allows: T(T+1)/2 for a causal one, fewer with a sliding
+            window. ``"full"`` counts all T² of them, which is what a kernel that masks after the product spends
+            and what most published FLOPs contain.
+    """
+    if counted == "full":
+        return num_tokens**2
+    window = num_tokens if attention.window is None else min(attention.window, num_tokens)
+    # The first `window` tokens see 1, 2, ..., window tokens; each later one sees `window`.
+    backward_pairs = window * (window + 1) // 2 + (num_tokens - window) * window
+    if attention.causal:
+        return backward_pairs
+    # The same forwards; a token and itself is one pair, not two.
+    return 2 * backward_pairs - num_tokens
+
+
+def forward_flops(anatomy: Anatomy, num_sequences: int, num_tokens: int, *, attention: CountedPairs = "exact") -> Flops:
+    """Count the FLOPs of a forward pass.
+
+    Args:
+        anatomy: The model.
+        num_sequences: Sequences in the batch.
+        num_tokens: Tokens of each sequence, padding included: the model computes on it like on any other token.
+        attention: See :func:`attention_pairs`.
+
+    Returns:
+        The FLOPs of each block and of what is outside of the blocks.
+    """
+    axes = anatomy.size.axes
+    blocks = [0] * len(anatomy.blocks)
+    outside_blocks = sum(
+        2 * num_sequences * num_tokens * anatomy.parameters[name].numel(axes) for name in anatomy.tied_heads
+    )
+    for layout in anatomy.parameters.values():
+        if not layout.is_matrix:
+            continue
+        num_rows = num_sequences * (num_tokens if layout.applied == "token" else 1)
+        flops = 2 * num_rows * layout.numel(axes)
+        if layout.block is None:
+            outside_blocks += flops
+        else:
+            blocks[layout.block] += flops
+    for index, block in enumerate(anatomy.blocks):
+        width = math.prod(axes[axis] for axis in block.attention.heads) * axes[block.attention.head_dim]
+        # Scores and values: two products of the same size.
+        blocks[index] += 2 * 2 * num_sequences * width * attention_pairs(block.attention, num_tokens, attention)
+    return Flops(tuple(blocks), outside_blocks)
+
+
+def training_flops(
+    anatomy: Anatomy,
+    num_sequences: int,
+    num_tokens: int,
+    *,
+    attention: CountedPairs = "exact",
+    activation_checkpointing: bool = False,
+) -> Flops:
+    """Count the FLOPs of a forward and a backward pass, every parameter being trained.
+
+    Args:
+        anatomy: The model.
+        num_sequences: Sequences in the batch.
+        num_tokens: Tokens of each sequence, padding included.
+        attention: See :func:`attention_pairs`.
+        activation_checkpointing: Whether the blocks compute their forward pass once more in the backward pass.
+
+    Returns:
+        The FLOPs of each block and of what is outside of the blocks.
+    """
+    forward = forward_flops(anatomy, num_sequences, num_tokens, attention=attention)
+    block_passes = 4 if activation_checkpointing else 3
+    return Flops(tuple(block_passes * flops for flops in forward.blocks), 3 * forward.outside_blocks)

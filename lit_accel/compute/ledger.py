@@ -1,0 +1,314 @@
+"""The callback that keeps the books: what every step cost, and what the full-size model would have paid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+from torch import is_grad_enabled, nn
+
+from lit_accel.anatomy import Anatomy, anatomy_of, find_transformer, uses_activation_checkpointing
+from lit_accel.compute.flops import forward_flops, training_flops
+from lit_accel.compute.observer import TransformerObserver
+from lit_accel.compute.phases import Phases, saved_share
+from lit_accel.compute.stopwatch import Stopwatch, synchronize
+from lit_accel.compute.summary import phase_table
+from lit_accel.compute.table import FILE_NAME, TableWriter, read_rows
+
+_STATE_VERSION = 1
+# Where Lightning's ThroughputMonitor looks for the cost of a batch.
+_FLOPS_PER_BATCH = "flops_per_batch"
+
+
+class ComputeLedger(Callback):
+    """Counts FLOPs, dense-equivalent FLOPs, tokens and seconds of a fit, step by step, and writes them down.
+
+    Works on any LightningModule that holds one transformer of a known family, and does not change its training in
+    a single bit. Every forward call that the transformer makes in training mode within a training batch is counted
+    in closed form (see :mod:`lit_accel.compute.flops`) from the shape of its input, with its backward pass;
+    without gradients, the forward pass alone. Validation is not counted. If the model is resized in mid-training,
+    a new *phase* begins.
+
+    - *Dense-equivalent* FLOPs are what the full-size model would have paid on the same batches. The full size
+      is the one that the module has at ``setup``, before any checkpoint is loaded.
+    - *Seconds* are the wall time of the fit from its first batch's loading to its end, without validation: data
+      loading, optimizer, resizes and checkpoints are in it. With several processes it is rank zero's.
+    - Tokens and FLOPs are those of all ranks. Padding counts: the model computes on it.
+
+    Logged to every logger, each ``Trainer.log_every_n_steps`` optimizer steps: ``compute/flops``,
+    ``compute/dense_flops``, ``compute/tokens``, ``compute/seconds`` (all cumulative), ``compute/saved_share``
+    (1 - flops / dense_flops) and ``compute/step_flops`` (mean over the steps since the last time).
+
+    Written to ``compute_ledger.csv`` at the same steps, after each validation (with the monitored metrics), where a
+    phase ends and at the end: step, phase, num_parameters, tokens, flops, dense_flops, seconds and a column for each
+    metric. On resume the rows after the resumed step are dropped and the table goes on, also from another run's folder.
+
+    Sets ``flops_per_batch`` on the module, which Lightning's ``ThroughputMonitor`` reads: this rank's FLOPs of the
+    present batch. A module that has an attribute of this name keeps its own.
+
+    Args:
+        monitor: Logged metrics to write beside the costs after each validation.
+        folder: Where to write the table. Default: the logger's folder, or ``Trainer.default_root_dir``.
+        print_table: Whether to print a summary by phase at the end.
+
+    Raises:
+        AnatomyError: At ``setup``, if the module holds no transformer of a known family, or several.
+
+    Example::
+
+        trainer = Trainer(callbacks=[ComputeLedger(monitor=["val/loss", "val/perplexity"])])
+    """
+
+    def __init__(
+        self, monitor: Sequence[str] = ("val/loss",), folder: str | None = None, print_table: bool = True
+    ) -> None:
+        super().__init__()
+        self.monitor = list(monitor)
+        self.folder = folder
+        self.print_table = print_table
+        self._phases = Phases()
+        self._stopwatch = Stopwatch()
+        self._observer: TransformerObserver | None = None
+        self._table: TableWriter | None = None
+        self._table_path: Path | None = None
+        self._costs: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._step = 0
+        self._logged: tuple[int, int] = (0, 0)
+        self._in_batch = False
+        self._batch_flops = 0
+        self._sets_flops_per_batch = False
+
+    @property
+    def phases(self) -> Phases:
+        """The counters, by phase; of several ranks, as of the last row."""
+        return self._phases
+
+    # --- life cycle
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take the model's present size as the full one."""
+        # A trainer that goes on from its own earlier fit keeps its books, and may have stopped at a small size.
+        if stage == "fit" and trainer.global_step == 0:
+            self._phases = Phases()
+            self._table_path = None
+            self._dense = anatomy_of(find_transformer(pl_module)[1])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to watch and to measure."""
+        self._step = trainer.global_step
+        self._interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._costs = {}
+        self._observer = TransformerObserver(pl_module, self._on_forward)
+        self._sets_flops_per_batch = not hasattr(pl_module, _FLOPS_PER_BATCH)
+        self._set_batch_flops(0)
+        self._phases.enter(self._observer.anatomy)
+        self._logged = (self._step, self._phases.total.flops)
+        self._open_table(trainer)
+        self._stopwatch.start()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin a batch."""
+        assert self._observer is not None
+        self._observer.refresh()
+        self._set_batch_flops(0)
+        self._in_batch = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Close the batch; where an optimizer step is complete and due, log it and write a row."""
+        self._in_batch = False
+        phase = self._phases.list[-1]
+        phase.seconds += self._stopwatch.lap()
+        previous, self._step = self._step, trainer.global_step
+        phase.steps += self._step - previous
+        # Not "divisible by": with several optimizers one batch makes several steps.
+        if self._interval and self._step // self._interval > previous // self._interval:
+            self._phases.collect(trainer.strategy, trainer.world_size)
+            self._log(trainer)
+            self._write_row()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        if self._is_training(trainer):
+            self._stop_clock(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write a row with the monitored metrics, and let the clock go on."""
+        if not self._is_training(trainer):
+            return
+        self._phases.collect(trainer.strategy, trainer.world_size)
+        metrics = {name: trainer.callback_metrics[name] for name in self.monitor if name in trainer.callback_metrics}
+        if missing := [name for name in self.monitor if name not in metrics]:
+            rank_zero_warn(
+                f"ComputeLedger monitors {', '.join(missing)}, which validation did not log. It logged: "
+                f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}."
+            )
+        self._write_row({name: repr(float(value)) for name, value in metrics.items()})
+        synchronize(trainer.strategy.root_device)
+        self._stopwatch.start()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the books."""
+        self._stop_clock(trainer)
+        self._phases.collect(trainer.strategy, trainer.world_size)
+        if self._table is not None and self._table.last_step != self._step:
+            self._write_row()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the summary."""
+        if self.print_table and trainer.is_global_zero and self._phases.list:
+            Console().print(phase_table(self._phases.list, self._phases.total))
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._close(pl_module)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        self._close(pl_module)
+
+    # --- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters as primitives."""
+        return {
+            "version": _STATE_VERSION,
+            "phases": self._phases.to_state(),
+            "table": None if self._table_path is None else str(self._table_path),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the counters over."""
+        self._phases.load_state(state_dict["phases"])
+        self._table_path = None if state_dict["table"] is None else Path(state_dict["table"])
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Bring the saved counters up to date on all ranks: Lightning has asked for the state without a trainer."""
+        self._phases.collect(trainer.strategy, trainer.world_size)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    # --- counting
+
+    def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
+        if not (self._in_batch and transformer.training):
+            return
+        if self._phases.ends_with(anatomy):
+            self._end_phase()
+        self._phases.enter(anatomy)
+        flops, dense_flops = self._cost(anatomy, transformer, num_sequences, num_tokens)
+        self._phases.count(num_sequences * num_tokens, flops, dense_flops)
+        # Here and not at the batch's end: there the monitor may come before us.
+        self._set_batch_flops(self._batch_flops + flops)
+
+    def _end_phase(self) -> None:
+        """Write the row that a phase ends with: what it cost must not depend on when rows are due."""
+        assert self._observer is not None
+        trainer = self._observer.module.trainer
+        self._phases.collect(trainer.strategy, trainer.world_size)
+        if self._table is not None and self._table.last_step != self._step:
+            self._write_row()
+
+    def _cost(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> tuple[int, int]:
+        backward, recompute = is_grad_enabled(), uses_activation_checkpointing(transformer)
+        key = (len(self._phases.list), num_sequences, num_tokens, backward, recompute)
+        if key not in self._costs:
+            shape = (num_sequences, num_tokens)
+            flops, dense_flops = (
+                training_flops(model, *shape, activation_checkpointing=recompute).total
+                if backward
+                else forward_flops(model, *shape).total
+                for model in (anatomy, self._dense)
+            )
+            self._costs[key] = flops, dense_flops
+        return self._costs[key]
+
+    def _set_batch_flops(self, flops: int) -> None:
+        self._batch_flops = flops
+        if self._sets_flops_per_batch and self._observer is not None:
+            setattr(self._observer.module, _FLOPS_PER_BATCH, flops)
+
+    # --- writing
+
+    def _log(self, trainer: L.Trainer) -> None:
+        total = self._phases.total
+        logged_step, logged_flops = self._logged
+        self._logged = (self._step, total.flops)
+        metrics = {
+            "compute/flops": total.flops,
+            "compute/dense_flops": total.dense_flops,
+            "compute/saved_share": saved_share(total.flops, total.dense_flops),
+            "compute/seconds": total.seconds,
+            "compute/tokens": total.tokens,
+            "compute/step_flops": (total.flops - logged_flops) / (self._step - logged_step),
+        }
+        # Not self.log: it would round to float32. The step is the one that self.log uses.
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {name: float(value) for name, value in metrics.items()},
+                step=trainer.fit_loop.epoch_loop._batches_that_stepped,
+            )
+
+    def _open_table(self, trainer: L.Trainer) -> None:
+        # log_dir is a collective: every rank asks for it.
+        folder = self.folder or trainer.log_dir or trainer.default_root_dir
+        previous, self._table_path = self._table_path, Path(folder).absolute() / FILE_NAME
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        rows: list[dict[str, str]] = []
+        if trainer.global_step and previous is not None:
+            source = self._table_path if self._table_path.is_file() else previous
+            rows = read_rows(source, trainer.global_step)
+            if rows and self._is_last_words(rows[-1], trainer):
+                rows.pop()
+        self._table = TableWriter(self._table_path, self.monitor, rows)
+
+    def _is_last_words(self, row: dict[str, str], trainer: L.Trainer) -> bool:
+        """Whether a row was written only because its run ended there, which the resumed run does not."""
+        is_due = self._interval and int(row["step"]) % self._interval == 0
+        is_validation = any(row.get(metric) for metric in self.monitor)
+        return int(row["step"]) == trainer.global_step and not is_due and not is_validation
+
+    def _write_row(self, metrics: dict[str, str] | None = None) -> None:
+        if self._table is None:
+            return
+        total = self._phases.total
+        self._table.append(
+            {
+                "step": self._step,
+                "phase": len(self._phases.list) - 1,
+                "num_parameters": total.num_parameters,
+                "tokens": total.tokens,
+                "flops": total.flops,
+                "dense_flops": total.dense_flops,
+                "seconds": f"{total.seconds:.6f}",
+                **(metrics or {}),
+            }
+        )
+
+    # --- helpers of the life cycle
+
+    def _is_training(self, trainer: L.Trainer) -> bool:
+        return self._observer is not None and not trainer.sanity_checking
+
+    def _stop_clock(self, trainer: L.Trainer) -> None:
+        synchronize(trainer.strategy.root_device)
+        self._phases.list[-1].seconds += self._stopwatch.lap()
+        self._stopwatch.pause()
+
+    def _close(self, pl_module: L.LightningModule) -> None:
+        if self._observer is None:
+            return
+        self._observer.close()
+        self._observer = None
+        self._table = None
+        self._in_batch = False
+        if self._sets_flops_per_batch:
+            delattr(pl_module, _FLOPS_PER_BATCH)

@@ -1,0 +1,124 @@
+"""Compare the choices inside multi-level training at equal compute, against dense runs tuned on the same grid.
+
+Every run has its own completed learning-rate decay. The dense model is trained at 80 and at 100 % of the budget,
+every variant of the method at 80 %. Runs are appended to ``scripts/results/presets.jsonl`` as they finish; calling
+the script again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from lit_accel import MultiLevelTraining
+from lit_accel.compute import read_ledger
+from lit_accel.compute.provenance import provenance
+from scripts.small_gpt import Setup
+
+RESULTS = Path(__file__).parent / "results" / "presets.jsonl"
+SETUP = Setup(num_blocks=4, embed=128, heads=4, vocab_size=1024, block_size=128, batch_size=16, num_steps=600)
+BUDGET = 0.8
+
+Variant = Callable[[], MultiLevelTraining | None]
+VARIANTS: dict[str, Variant] = {
+    "dense 100 %": lambda: None,
+    "dense 80 %": lambda: None,
+    "correction": lambda: MultiLevelTraining(),
+    "paper, alpha 0.25": lambda: MultiLevelTraining(preset="paper"),
+    "paper, alpha 0.5": lambda: MultiLevelTraining(preset="paper", alpha=0.5),
+    "alpha 0.25, one schedule": lambda: MultiLevelTraining(preset="paper", learning_rate="continue"),
+    "exact": lambda: MultiLevelTraining(preset="exact"),
+    "correction, schedule a phase": lambda: MultiLevelTraining(learning_rate="paper"),
+    "correction, rewarm": lambda: MultiLevelTraining(learning_rate="rewarm", num_rewarm_steps=30),
+    "correction, moments projected": lambda: MultiLevelTraining(optimizer_state="project"),
+    "correction, second moment kept": lambda: MultiLevelTraining(optimizer_state="second_moment"),
+    "correction, zero depth": lambda: MultiLevelTraining(depth_mode="zero"),
+}
+
+
+def run_once(name: str, seed: int, lr: float) -> dict[str, Any]:
+    """Train one variant and return what it cost and reached."""
+    method = VARIANTS[name]()
+    if method is None:
+        num_steps = round(SETUP.num_steps * (1.0 if "100" in name else BUDGET))
+    else:
+        num_steps = SETUP.steps_for_budget(method, BUDGET)
+    with tempfile.TemporaryDirectory() as folder:
+        SETUP.run(Path(folder), num_steps, method, seed=seed, lr=lr, quiet=True)
+        ledger = read_ledger(folder)
+    last = ledger.measured("val/loss")[-1]
+    return {
+        "variant": name,
+        "seed": seed,
+        "lr": lr,
+        "num_steps": num_steps,
+        "flops": ledger.flops[last],
+        "val_loss": ledger.metrics["val/loss"][last],
+    }
+
+
+def read_results() -> list[dict[str, Any]]:
+    """Return the finished runs."""
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+
+
+def print_results(rows: list[dict[str, Any]]) -> None:
+    """Print mean and spread by variant and learning rate."""
+    rates = sorted({row["lr"] for row in rows})
+    table = Table(title="Held-out loss (mean ± sd over seeds)")
+    table.add_column("variant")
+    for rate in rates:
+        table.add_column(f"lr {rate:g}", justify="right")
+    for name in VARIANTS:
+        cells = []
+        for rate in rates:
+            losses = [row["val_loss"] for row in rows if row["variant"] == name and row["lr"] == rate]
+            spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+            cells.append(f"{statistics.mean(losses):.3f}{spread} ({len(losses)})" if losses else "")
+        table.add_row(name, *cells)
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    """Run what is missing of the grid, then print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lrs", type=float, nargs="+", default=[4e-3, 2e-3, 8e-3])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--report", action="store_true", help="only print what there is")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    rows = read_results()
+    done = {(row["variant"], row["seed"], row["lr"]) for row in rows}
+    grid = [(n, s, r) for r in arguments.lrs for s in arguments.seeds for n in arguments.variants]
+    for name, seed, lr in [] if arguments.report else grid:
+        if (name, seed, lr) in done:
+            continue
+        row = run_once(name, seed, lr)
+        print(f"{name:32} seed {seed} lr {lr:g}: {row['val_loss']:.4f}", flush=True)
+        rows.append(row)
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps({**row, "provenance": provenance()}) + "\n")
+    print_results(rows)
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    main()
