@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install demo test check clean
+.PHONY: help install demo test check bench bench-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,14 @@ check: $(STAMP)  ## lint, format and type check
 	@rm -rf .typecheck && mkdir -p .typecheck/lit_accel
 	@ln -s $(CURDIR)/lit_accel/* .typecheck/lit_accel/ && ln -s $(CURDIR)/strategies .typecheck/lit_accel/strategies
 	cd .typecheck && $(CURDIR)/$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p lit_accel
+
+bench: $(STAMP)  ## the measurements behind the README; resumes where it stopped
+	$(BIN)/python -m scripts.measure_transition
+	$(BIN)/python -m scripts.compare_presets
+	$(MAKE) bench-report
+
+bench-report: $(STAMP)  ## write the tables of the README from the result files
+	$(BIN)/python -m scripts.report_results
 
 clean:  ## remove the environment, caches and runs
 	rm -rf $(VENV) .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache runs build *.egg-info

@@ -10,6 +10,7 @@ import argparse
 import logging
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from lit_accel.compute.table import Ledger
 from lit_accel.tasks import CausalLM
 from scripts.small_gpt import Setup
 
-SETUP = Setup(num_blocks=6, embed=192, heads=6, vocab_size=2048, block_size=128, batch_size=16, num_steps=500)
+SETUP = Setup(num_blocks=6, embed=192, heads=6, vocab_size=2048, block_size=128, batch_size=16, num_steps=400, lr=3e-3)
 BUDGET = 0.8
 FOLDER = Path("runs/demo")
 METRIC = "val/loss"
@@ -95,24 +96,31 @@ def sample(folder: Path, prompt: str = "def ") -> str:
     model = GPT2LMHeadModel.from_pretrained(folder)
     torch.manual_seed(0)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    tokens = model.generate(**inputs, max_new_tokens=60, do_sample=True, top_k=20, pad_token_id=0)
+    room = min(60, model.config.n_positions - inputs["input_ids"].shape[1])
+    tokens = model.generate(**inputs, max_new_tokens=room, do_sample=True, top_k=20, pad_token_id=0)
     return tokenizer.decode(tokens[0])
 
 
-def save(module: CausalLM, folder: Path) -> None:
+def save(module: CausalLM, setup: Setup, folder: Path) -> None:
     """Save the final model and its tokenizer as an ordinary Hugging Face folder."""
     module.model.save_pretrained(folder)
-    SETUP.data().save_tokenizer(folder)
+    setup.data().save_tokenizer(folder)
 
 
 def main() -> None:
-    """Train both arms, then compare them."""
+    """Read the command line and run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=SETUP.num_steps, help="optimizer steps of the dense run")
-    setup = Setup(**{**vars(SETUP), "num_steps": parser.parse_args().steps})
+    run_demo(replace(SETUP, num_steps=parser.parse_args().steps))
+
+
+def run_demo(setup: Setup) -> None:
+    """Train both arms, then compare them."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").addFilter(lambda record: "MultiLevel" in record.getMessage())
+    # Of what Lightning tells rank zero, only the transitions are news here.
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(lambda record: record.getMessage().startswith("MultiLevelTraining"))
     warnings.filterwarnings("ignore")
     shutil.rmtree(FOLDER, ignore_errors=True)
     console = Console()
@@ -123,7 +131,7 @@ def main() -> None:
     console.rule("[bold]2. the V-cycle: shrink, train small, grow back")
     method = MultiLevelTraining()
     module, _ = setup.run(FOLDER / "v_cycle", setup.steps_for_budget(method, BUDGET), method)
-    save(module, FOLDER / "model")
+    save(module, setup, FOLDER / "model")
 
     console.rule("[bold]3. the comparison")
     runs = {"dense": read_ledger(FOLDER / "dense"), "V-cycle": read_ledger(FOLDER / "v_cycle")}

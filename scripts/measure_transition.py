@@ -118,9 +118,7 @@ class Watch(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._started = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if pl_module.model.config.n_layer == self.depth:
             self.step_seconds.append(time.perf_counter() - self._started)
 
@@ -129,9 +127,7 @@ def run_cycle(optimizer_state: str, batch_size: int, length: int, *, watches_mem
     """Run a short V-cycle; return its trainer and what was watched."""
     L.seed_everything(0, verbose=False)
     module = RandomTokens(batch_size, length)
-    method = MultiLevelTraining(
-        phases=[Phase(0, 4), Phase(1, 4), Phase(0)], optimizer_state=optimizer_state, alpha=0.5
-    )
+    method = MultiLevelTraining(phases=[Phase(0, 4), Phase(1, 4), Phase(0)], optimizer_state=optimizer_state, alpha=0.5)
     watch = Watch(method, module.model.config.n_layer, watches_memory=watches_memory)
     trainer = L.Trainer(
         accelerator="cpu",

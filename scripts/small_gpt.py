@@ -33,6 +33,7 @@ class Setup:
         num_evaluations: How often the held-out loss is measured in the dense run.
         val_batches: Batches of the held-out set.
         lr: Peak learning rate.
+        max_bytes: How much of the text to use; ``None`` for all.
     """
 
     num_blocks: int
@@ -45,6 +46,7 @@ class Setup:
     num_evaluations: int = 10
     val_batches: int = 20
     lr: float = 4e-3
+    max_bytes: int | None = None
 
     def data(self, seed: int = 0) -> TextDataModule:
         """Return the data; the held-out part is the same for every seed."""
@@ -54,6 +56,7 @@ class Setup:
             batch_size=self.batch_size,
             val_batches=self.val_batches,
             seed=seed,
+            max_bytes=self.max_bytes,
         )
 
     def module(self, lr: float | None = None, decay: str | None = "linear") -> CausalLM:
@@ -72,9 +75,7 @@ class Setup:
                 **dropout,
             },
             vocab_size=self.vocab_size,
-            optimizer=lambda parameters: torch.optim.AdamW(
-                parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.1
-            ),
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.1),
             lr_scheduler=None
             if decay is None
             else lambda optimizer: WarmupDecay(optimizer, num_warmup_steps=0.05, decay=decay),
@@ -93,9 +94,8 @@ class Setup:
         """
         with torch.device("meta"):
             anatomy = anatomy_of(self.module().model)
-        costs = [self.step_flops(anatomy)]
-        for level_map in method.plan_levels(anatomy):
-            costs.append(self.step_flops(level_map.small))
+        levels = [anatomy, *(level_map.small for level_map in method.plan_levels(anatomy))]
+        costs = [self.step_flops(level) for level in levels]
         budget_flops = budget * costs[0] * self.num_steps
 
         def total(num_steps: int) -> int:

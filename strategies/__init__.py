@@ -1,6 +1,7 @@
 """Lightning strategies whose model can change its size in mid-training; importing this registers their names."""
 
 from lightning.pytorch.strategies import StrategyRegistry
+
 from lit_accel.strategies.ddp import ResizableDDPStrategy
 from lit_accel.strategies.resizing import ResizeEvent, ResizeMixin
 from lit_accel.strategies.single_device import ResizableSingleDeviceStrategy

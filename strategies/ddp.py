@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch.strategies import DDPStrategy
+
 from lit_accel.strategies.resizing import ResizeMixin
 
 

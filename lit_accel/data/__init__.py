@@ -1,0 +1,5 @@
+"""Data modules over real data."""
+
+from lit_accel.data.text import TextDataModule
+
+__all__ = ["TextDataModule"]

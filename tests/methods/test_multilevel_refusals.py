@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lit_accel.strategies import ResizableDDPStrategy
 
 from lit_accel import Level, MultiLevelTraining, Phase
 from lit_accel.anatomy import AnatomyError
+from lit_accel.strategies import ResizableDDPStrategy
 from tests.training import TinyModule, loader, make_trainer
 
 # Known length without a data loader, for tests that call setup alone.

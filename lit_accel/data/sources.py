@@ -1,0 +1,169 @@
+"""Where text comes from: files, the standard library, or a Hugging Face dataset; always as a stream of pieces."""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+PIECE_CHARACTERS = 1 << 20  # a piece of a long document; bounds the memory that reading and encoding need
+
+KINDS = (
+    '"stdlib" (the sources of the running Python\'s standard library), a path to a text file or to a folder of'
+    ' text files, or "hf:NAME" (a Hugging Face dataset on the hub, or a folder written by Dataset.save_to_disk)'
+)
+
+
+class Piece(NamedTuple):
+    """A stretch of text, and whether its document ends with it."""
+
+    text: str
+    ends_document: bool
+
+
+class TextSource(Protocol):
+    """A corpus that can be read from the start as often as needed, each time with the same result."""
+
+    def fingerprint(self) -> str:
+        """A string that changes when the text does; must not need to read all of it."""
+        ...
+
+    def pieces(self) -> Iterator[Piece]:
+        """All text, in a fixed order. Empty documents are left out."""
+        ...
+
+
+class FileSource:
+    """Text files, each of them one document, read as UTF-8 with what is not UTF-8 replaced by U+FFFD.
+
+    Args:
+        root: Folder that the names in the fingerprint are relative to, so that a moved folder stays the same.
+        paths: The files, in the order in which they are read.
+    """
+
+    def __init__(self, root: Path, paths: list[Path]) -> None:
+        self.root = root
+        self.paths = paths
+
+    def fingerprint(self) -> str:
+        """From names, sizes and times of change, as `make` does it; so a copy with new times counts as changed."""
+        digest = hashlib.blake2b(digest_size=16)
+        for path in self.paths:
+            stat = path.stat()
+            digest.update(f"{path.relative_to(self.root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def pieces(self) -> Iterator[Piece]:
+        """Reads the files, at most `PIECE_CHARACTERS` characters at a time."""
+        for path in self.paths:
+            # newline="" keeps line ends as they are: the text must come back unchanged from its tokens.
+            with path.open(encoding="utf-8", errors="replace", newline="") as file:
+                text = file.read(PIECE_CHARACTERS)
+                while text:
+                    following = file.read(PIECE_CHARACTERS)
+                    yield Piece(text, ends_document=not following)
+                    text = following
+
+
+class HuggingFaceSource:
+    """One text column of a Hugging Face dataset, each row one document.
+
+    Args:
+        dataset: A `datasets.Dataset`.
+        text_column: Name of the column.
+    """
+
+    def __init__(self, dataset: Any, text_column: str) -> None:
+        if text_column not in dataset.column_names:
+            raise ValueError(
+                f"the dataset has no column {text_column!r}; set text_column to one of {dataset.column_names}"
+            )
+        self.dataset = dataset.select_columns([text_column])
+        self.text_column = text_column
+
+    def fingerprint(self) -> str:
+        """The one that `datasets` keeps itself, from the data and every transform applied to it."""
+        return f"{self.dataset._fingerprint}:{self.text_column}:{len(self.dataset)}"
+
+    def pieces(self) -> Iterator[Piece]:
+        """Reads the rows in order."""
+        for batch in self.dataset.iter(batch_size=256):
+            for text in filter(None, batch[self.text_column]):
+                for start in range(0, len(text), PIECE_CHARACTERS):
+                    end = start + PIECE_CHARACTERS
+                    yield Piece(text[start:end], ends_document=end >= len(text))
+
+
+def open_source(
+    source: str,
+    *,
+    file_pattern: str = "*.txt",
+    text_column: str = "text",
+    dataset_config: str | None = None,
+    split: str = "train",
+) -> TextSource:
+    """Finds the corpus that a name stands for.
+
+    Args:
+        source: "stdlib"; or "hf:NAME", where NAME is a folder written by `save_to_disk` if there is one, and a
+            name on the hub otherwise; or a path to a text file or a folder. A folder called `stdlib` is "./stdlib".
+        file_pattern: Which files of a folder to read, also in folders inside of it.
+        text_column: Column of a dataset.
+        dataset_config: Configuration of a dataset on the hub.
+        split: Split of a dataset.
+
+    Raises:
+        ValueError: If it is none of these.
+        ImportError: If it is a dataset and `datasets` is not installed.
+    """
+    if source == "stdlib":
+        return _stdlib()
+    if source.startswith("hf:"):
+        return HuggingFaceSource(_dataset(source.removeprefix("hf:"), dataset_config, split), text_column)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return FileSource(path.parent, [path])
+    if not path.is_dir():
+        raise ValueError(f"source={source!r} is no file or folder; it must be {KINDS}")
+    if _is_saved_dataset(path):
+        raise ValueError(f'source={source!r} was written by Dataset.save_to_disk; say so with source="hf:{source}"')
+    paths = sorted(found for found in path.rglob(file_pattern) if found.is_file())
+    if not paths:
+        raise ValueError(f"no file in source={source!r} matches file_pattern={file_pattern!r}")
+    return FileSource(path, paths)
+
+
+def _stdlib() -> FileSource:
+    root = Path(sysconfig.get_path("stdlib"))
+    # Tests hold files that are broken on purpose (odd encodings, syntax errors), and distributions differ in
+    # whether they install them at all; without tests the corpus is nearly the same everywhere.
+    excluded = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+    paths = (path for path in root.rglob("*.py") if excluded.isdisjoint(path.relative_to(root).parts[:-1]))
+    return FileSource(root, sorted(path for path in paths if path.is_file()))
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _dataset(name: str, config: str | None, split: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f'source="hf:{name}" needs the `datasets` package; install it with: pip install "lit-accel[hub]"'
+        ) from error
+    path = Path(name).expanduser()
+    if not _is_saved_dataset(path):
+        if path.is_dir():
+            raise ValueError(
+                f'source="hf:{name}" is a folder that Dataset.save_to_disk did not write;'
+                f" for a folder of text files leave out the prefix: source={name!r}"
+            )
+        return datasets.load_dataset(name, config, split=split)
+    dataset = datasets.load_from_disk(path)
+    if not isinstance(dataset, datasets.DatasetDict):
+        return dataset
+    if split not in dataset:
+        raise ValueError(f'"hf:{name}" has no split {split!r}; set split to one of {list(dataset)}')
+    return dataset[split]
