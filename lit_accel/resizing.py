@@ -13,13 +13,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_accel.anatomy import AnatomyError, Size, anatomy_of, build_resized, find_transformer
 
 CHECKPOINT_KEY = "lit_accel"
 CHECKPOINT_VERSION = 1
 _PATCHED = "_lit_accel_has_size_hooks"
+_FULL_SIZE = "_lit_accel_full_size"
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """Optimizer state by parameter name, then by the optimizer's own key."""
@@ -47,6 +50,70 @@ def replace_transformer(module: nn.Module, path: str, transformer: nn.Module) ->
     module.get_submodule(parent).register_module(name, transformer)
 
 
+def full_size(module: nn.Module) -> Size:
+    """Return the size of the full model: the present one, unless a checkpoint or a callback has said otherwise.
+
+    Args:
+        module: The LightningModule.
+    """
+    present = anatomy_of(find_transformer(module)[1]).size
+    return getattr(module, _FULL_SIZE, present)
+
+
+def prepare_module(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Make a LightningModule ready to be resized: its model is built, its checkpoints say their size.
+
+    Callbacks are set up before Lightning calls ``configure_model``, which may build the model; the contract of that
+    hook is that it can be called again.
+
+    Args:
+        trainer: The Trainer.
+        module: Its module.
+
+    Raises:
+        AnatomyError: If there is no transformer of a known family inside.
+    """
+    try:
+        find_transformer(module)
+    except AnatomyError:
+        strategy = trainer.strategy
+        with (
+            strategy.tensor_init_context(),
+            strategy.model_sharded_context(),
+            strategy.precision_plugin.module_init_context(),
+        ):
+            module.configure_model()
+    setattr(module, _FULL_SIZE, full_size(module))
+    ensure_resizable(module)
+
+
+def require_all_optimized(module: L.LightningModule, optimizers: list[Optimizer]) -> None:
+    """See that the optimizers hold every trainable parameter of a module, and no other.
+
+    Args:
+        module: The LightningModule.
+        optimizers: Its optimizers.
+
+    Raises:
+        MisconfigurationException: If they do not.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    lost = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    if stale := len(held - {id(parameter) for parameter in module.parameters()}):
+        raise MisconfigurationException(
+            f"The optimizers hold {stale} parameters that are no longer in the model and miss {len(lost)} that are: "
+            "nothing would be trained. configure_optimizers must build its optimizers from self.parameters() each time "
+            "it is called. With LightningCLI pass auto_configure_optimizers=False and give the module an "
+            "OptimizerCallable: its default binds the optimizer to the first parameters for ever."
+        )
+    if lost:
+        raise MisconfigurationException(
+            f"The optimizers miss {len(lost)} trainable parameters ({', '.join(lost[:3])}). After a resize "
+            "nobody could tell this from a mistake: set requires_grad=False on what is not to be trained, or "
+            "optimize it."
+        )
+
+
 def record_size(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Write the present size of the transformer inside ``module`` into a checkpoint.
 
@@ -60,6 +127,7 @@ def record_size(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         "version": CHECKPOINT_VERSION,
         "family": anatomy.family,
         "size": anatomy.size.to_state(),
+        "full_size": full_size(module).to_state(),
     }
 
 
@@ -89,6 +157,7 @@ def rebuild_recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
         raise AnatomyError(
             f"The checkpoint holds a {record['family']} model, but {path!r} is a {anatomy.family} model."
         )
+    setattr(module, _FULL_SIZE, Size.from_state(record["full_size"]))
     if size == anatomy.size:
         return
     resizable = {axis for alternatives in anatomy.width_axes for axis in alternatives}

@@ -35,16 +35,18 @@ Variant = Callable[[], MultiLevelTraining | None]
 VARIANTS: dict[str, Variant] = {
     "dense 100 %": lambda: None,
     "dense 80 %": lambda: None,
-    "correction": lambda: MultiLevelTraining(),
+    "correction, moments projected (default)": lambda: MultiLevelTraining(),
+    "correction, moments reset": lambda: MultiLevelTraining(optimizer_state="reset"),
+    "correction, second moment kept": lambda: MultiLevelTraining(optimizer_state="second_moment"),
     "paper, alpha 0.25": lambda: MultiLevelTraining(preset="paper"),
     "paper, alpha 0.5": lambda: MultiLevelTraining(preset="paper", alpha=0.5),
     "alpha 0.25, one schedule": lambda: MultiLevelTraining(preset="paper", learning_rate="continue"),
     "exact": lambda: MultiLevelTraining(preset="exact"),
-    "correction, schedule a phase": lambda: MultiLevelTraining(learning_rate="paper"),
-    "correction, rewarm": lambda: MultiLevelTraining(learning_rate="rewarm", num_rewarm_steps=30),
-    "correction, moments projected": lambda: MultiLevelTraining(optimizer_state="project"),
-    "correction, second moment kept": lambda: MultiLevelTraining(optimizer_state="second_moment"),
-    "correction, zero depth": lambda: MultiLevelTraining(depth_mode="zero"),
+    "correction, reset, schedule a phase": lambda: MultiLevelTraining(optimizer_state="reset", learning_rate="paper"),
+    "correction, reset, rewarm": lambda: MultiLevelTraining(
+        optimizer_state="reset", learning_rate="rewarm", num_rewarm_steps=30
+    ),
+    "correction, reset, zero depth": lambda: MultiLevelTraining(optimizer_state="reset", depth_mode="zero"),
 }
 
 

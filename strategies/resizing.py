@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import Optimizer
 
-from lit_accel.resizing import OptimizerState
+from lit_accel.resizing import OptimizerState, require_all_optimized
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class ResizeMixin(Strategy):
             rebuild: Replaces children of the LightningModule. It is called with the strategy's initialisation
                 contexts active and must do the same on all ranks; new modules must be in training mode.
             carry: Receives the old optimizer state by parameter name and returns the new one, for all or some
-                parameters; ``None`` starts the optimizers afresh.
+                parameters; ``None`` starts the optimizers afresh, and drops their state before the rebuild to save
+                memory: if that fails, the old model is back but its moments are not.
 
         Returns:
             What happened; also appended to :attr:`resizes`.
@@ -118,7 +119,7 @@ class ResizeMixin(Strategy):
         if hasattr(self, "_pl_static_graph_delay_done"):
             self._pl_static_graph_delay_done = False
         self.setup(trainer)
-        _require_all_optimized(module, self.optimizers)
+        require_all_optimized(module, self.optimizers)
         _restore_options(options, self.optimizers)
         for config, state in zip(self.lr_scheduler_configs, schedules, strict=True):
             config.scheduler.load_state_dict(state)
@@ -175,18 +176,3 @@ def _load_named_state(state: OptimizerState, module: L.LightningModule, optimize
                 entry = state.get(names[id(parameter)])
                 if entry is not None:
                     optimizer.state[parameter] = entry
-
-
-def _require_all_optimized(module: L.LightningModule, optimizers: list[Optimizer]) -> None:
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    lost = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
-    live = {id(parameter) for parameter in module.parameters()}
-    stale = len(held - live)
-    if lost or stale:
-        raise MisconfigurationException(
-            f"After the resize the optimizers miss {len(lost)} trainable parameters ({', '.join(lost[:3])}, ...) and "
-            f"hold {stale} that are no longer in the model: nothing would be trained. configure_optimizers must build "
-            "its optimizers from self.parameters() each time it is called. With LightningCLI pass "
-            "auto_configure_optimizers=False and give the module an OptimizerCallable: its default binds the "
-            "optimizer to the first parameters for ever."
-        )

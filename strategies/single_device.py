@@ -21,7 +21,7 @@ class ResizableSingleDeviceStrategy(ResizeMixin, SingleDeviceStrategy):
         precision_plugin: Set by the Trainer.
 
     Raises:
-        MisconfigurationException: If the Trainer was given more than one device.
+        MisconfigurationException: If the Trainer was given more than one device or machine.
 
     Example::
 
@@ -42,6 +42,19 @@ class ResizableSingleDeviceStrategy(ResizeMixin, SingleDeviceStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
+
+    @property
+    def num_nodes(self) -> int:
+        """The number of machines: one. Lightning sets this attribute too, on any strategy that has it."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        if num_nodes > 1:
+            raise MisconfigurationException(
+                f"The strategy 'resizable' runs on one machine, but the Trainer was given num_nodes={num_nodes}: they "
+                'would train apart. Use strategy="resizable_ddp".'
+            )
 
     @property
     def parallel_devices(self) -> list[torch.device]:

@@ -7,6 +7,8 @@ from lit_accel.anatomy.base import Anatomy, AnatomyError, Attention, Block, Para
 from lit_accel.anatomy.build import (
     build_resized,
     compile_blocks,
+    loses_compilation,
+    rehearse_build,
     require_blocks_alike,
     uses_activation_checkpointing,
 )
@@ -25,8 +27,10 @@ __all__ = [
     "build_resized",
     "compile_blocks",
     "find_transformer",
+    "loses_compilation",
     "parse_layout",
     "register_anatomy",
+    "rehearse_build",
     "require_blocks_alike",
     "uses_activation_checkpointing",
 ]

@@ -91,7 +91,7 @@ _FAMILY = HuggingFaceFamily(
             "output.dense.bias",
         }
     ),
-    token_dims={"hidden_states": (1,), "attention_mask": (-2, -1)},
+    token_dims={"hidden_states": (1,), "attention_mask": (-2, -1), "cache_position": (0,)},
     width_axes=(("embed",), ("heads",), ("ffn",)),
     axes=_axes,
     attention=lambda config, index: Attention(heads=("heads",), head_dim="head_dim", causal=config.is_decoder),

@@ -60,10 +60,11 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
 
 
 def build_resized(model: nn.Module, anatomy: Anatomy, size: Size) -> nn.Module:
-    """Build a model of the same class at another size, without weights but otherwise configured like the old one.
+    """Build a model of the same class at another size from its config, without weights.
 
-    Training mode, dtype and device, frozen parameters, activation checkpointing and per-block compilation are
-    carried over. Forward hooks are not: they belong to modules that no longer exist.
+    Training mode of each module, dtype and device, frozen parameters, activation checkpointing and the compilation of
+    blocks are carried over. What was changed on the old modules by hand is not: forward hooks, attributes, or a
+    compilation of the whole model.
 
     Args:
         model: The present model.
@@ -98,7 +99,51 @@ def build_resized(model: nn.Module, anatomy: Anatomy, size: Size) -> nn.Module:
             module = resized.get_submodule(new.path)
             module.compile(**options)
             setattr(module, _COMPILE_OPTIONS, options)
-    return resized.train(model.training)
+    old_modules = dict(model.named_modules())
+    for name, module in resized.named_modules():
+        for new in target.blocks:
+            if name == new.path or name.startswith(f"{new.path}."):
+                name = first_path[new.stage] + name.removeprefix(new.path)
+                break
+        module.training = old_modules[name].training if name in old_modules else model.training
+    return resized
+
+
+def rehearse_build(model: nn.Module, anatomy: Anatomy, target: Anatomy) -> None:
+    """Build a model at another size on the meta device, to see before training that it can be built.
+
+    Args:
+        model: The present model.
+        anatomy: Its anatomy.
+        target: The anatomy that the new model must have.
+
+    Raises:
+        AnatomyError: If its class cannot be built from a config alone, or becomes another model than expected.
+    """
+    try:
+        with torch.device("meta"):
+            built = build_without_init(lambda: anatomy.build(model, target.size))
+    except Exception as error:
+        raise AnatomyError(
+            f"{type(model).__name__} could not be built at another size: {error}. A subclass must take a config as its "
+            "only required argument; for another constructor register an anatomy of its own with "
+            "lit_accel.anatomy.register_anatomy."
+        ) from error
+    shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
+    expected = {name: layout.shape(target.size.axes) for name, layout in target.parameters.items()}
+    if shapes != expected:
+        wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        raise AnatomyError(
+            f"{type(model).__name__} built at another size differs from its anatomy in {', '.join(wrong[:3])}: the "
+            "anatomy's build function does not fit the class."
+        )
+
+
+def loses_compilation(model: nn.Module, anatomy: Anatomy) -> bool:
+    """Whether a resize would lose a compilation, or its options: only :func:`compile_blocks` is carried over."""
+    blocks = [model.get_submodule(block.path) for block in anatomy.blocks]
+    compiled = [module for module in model.modules() if getattr(module, "_compiled_call_impl", None) is not None]
+    return any(module not in blocks or not hasattr(module, _COMPILE_OPTIONS) for module in compiled)
 
 
 def require_blocks_alike(model: nn.Module, anatomy: Anatomy) -> None:

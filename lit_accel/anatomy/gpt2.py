@@ -70,7 +70,8 @@ _FAMILY = HuggingFaceFamily(
     embedding="wte.weight",
     residual="pre_norm",
     branch_outputs=frozenset({"attn.c_proj.weight", "attn.c_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"}),
-    token_dims={"hidden_states": (1,), "attention_mask": (-2, -1), "position_ids": (1,)},
+    # Older transformers 5 also pass cache_position on.
+    token_dims={"hidden_states": (1,), "attention_mask": (-2, -1), "position_ids": (1,), "cache_position": (0,)},
     width_axes=(("embed",), ("heads",), ("ffn",)),
     axes=_axes,
     attention=lambda config, index: Attention(heads=("heads",), head_dim="head_dim", causal=True),

@@ -93,6 +93,7 @@ _FAMILY = HuggingFaceFamily(
         "attention_mask": (-2, -1),
         "position_ids": (1,),
         "position_embeddings": (1,),
+        "cache_position": (0,),
     },
     width_axes=(("embed",), ("kv_heads", "queries_per_kv"), ("ffn",)),
     axes=_axes,

@@ -100,11 +100,17 @@ def find_transformer(module: nn.Module) -> tuple[str, nn.Module]:
         transformer must be replaceable.
 
     Raises:
-        AnatomyError: If there is none, or more than one.
+        AnatomyError: If there is none, or more than one, or it is wrapped by ``torch.compile``.
     """
     found: list[tuple[str, nn.Module]] = []
 
     def visit(path: str, child: nn.Module) -> None:
+        if isinstance(getattr(child, "_orig_mod", None), nn.Module):
+            # Its compiled forward would go on calling the module that it was made from.
+            raise AnatomyError(
+                f"{path} is wrapped by torch.compile, so that it cannot be replaced by a model of another size. "
+                "Leave it as it is and compile its blocks with lit_accel.anatomy.compile_blocks(model)."
+            )
         if path and _describe_function(child) is not None:
             found.append((path, child))
             return
@@ -121,4 +127,7 @@ def find_transformer(module: nn.Module) -> tuple[str, nn.Module]:
             "the others outside the module, for example in a plain list."
         )
     children = ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children()) or "nothing"
-    raise _unknown(f"No transformer with a registered anatomy is inside {type(module).__name__}; it holds {children}.")
+    raise _unknown(
+        f"No transformer with a registered anatomy is inside {type(module).__name__}; it holds {children}. "
+        "It must be there when training begins: build it in __init__ or configure_model."
+    )

@@ -19,6 +19,7 @@ from lit_accel.compute.phases import Phases, saved_share
 from lit_accel.compute.stopwatch import Stopwatch, synchronize
 from lit_accel.compute.summary import phase_table
 from lit_accel.compute.table import FILE_NAME, TableWriter, read_rows
+from lit_accel.resizing import full_size, prepare_module
 
 _STATE_VERSION = 1
 # Where Lightning's ThroughputMonitor looks for the cost of a batch.
@@ -29,7 +30,7 @@ class ComputeLedger(Callback):
     """Counts FLOPs, dense-equivalent FLOPs, tokens and seconds of a fit, step by step, and writes them down.
 
     Works on any LightningModule that holds one transformer of a known family, and does not change its training in
-    a single bit. Every forward call that the transformer makes in training mode within a training batch is counted
+    a single bit. Every forward call that the transformer makes within a training batch is counted
     in closed form (see :mod:`lit_accel.compute.flops`) from the shape of its input, with its backward pass;
     without gradients, the forward pass alone. Validation is not counted. If the model is resized in mid-training,
     a new *phase* begins.
@@ -80,6 +81,7 @@ class ComputeLedger(Callback):
         self._step = 0
         self._logged: tuple[int, int] = (0, 0)
         self._in_batch = False
+        self._has_warned = False
         self._batch_flops = 0
         self._sets_flops_per_batch = False
 
@@ -96,7 +98,8 @@ class ComputeLedger(Callback):
         if stage == "fit" and trainer.global_step == 0:
             self._phases = Phases()
             self._table_path = None
-            self._dense = anatomy_of(find_transformer(pl_module)[1])
+            prepare_module(trainer, pl_module)
+            self._dense = anatomy_of(find_transformer(pl_module)[1]).at(full_size(pl_module))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to watch and to measure."""
@@ -125,6 +128,12 @@ class ComputeLedger(Callback):
     ) -> None:
         """Close the batch; where an optimizer step is complete and due, log it and write a row."""
         self._in_batch = False
+        if not self._batch_flops and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                "ComputeLedger: the transformer was not called in this training batch, so nothing was counted. "
+                "Call the model itself; calls of its parts are not seen."
+            )
         phase = self._phases.list[-1]
         phase.seconds += self._stopwatch.lap()
         previous, self._step = self._step, trainer.global_step
@@ -186,7 +195,16 @@ class ComputeLedger(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the counters over."""
+        """Take the counters over.
+
+        Raises:
+            ValueError: If a newer version wrote them.
+        """
+        if state_dict["version"] > _STATE_VERSION:
+            raise ValueError(
+                f"The ledger in the checkpoint has format {state_dict['version']}; this version of lit-accel "
+                f"reads up to {_STATE_VERSION}. Update lit-accel."
+            )
         self._phases.load_state(state_dict["phases"])
         self._table_path = None if state_dict["table"] is None else Path(state_dict["table"])
 
@@ -198,7 +216,8 @@ class ComputeLedger(Callback):
     # --- counting
 
     def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
-        if not (self._in_batch and transformer.training):
+        # Not "if transformer.training": models of from_pretrained are in evaluation mode and train all the same.
+        if not self._in_batch:
             return
         if self._phases.ends_with(anatomy):
             self._end_phase()
@@ -217,7 +236,7 @@ class ComputeLedger(Callback):
             self._write_row()
 
     def _cost(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> tuple[int, int]:
-        backward, recompute = is_grad_enabled(), uses_activation_checkpointing(transformer)
+        backward, recompute = is_grad_enabled(), transformer.training and uses_activation_checkpointing(transformer)
         key = (len(self._phases.list), num_sequences, num_tokens, backward, recompute)
         if key not in self._costs:
             shape = (num_sequences, num_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -23,7 +24,8 @@ def phase_table(phases: Sequence[Phase], total: Phase) -> Table:
     """
     token_prefix, token_divisor = prefix_for(total.tokens)
     flops_prefix, flops_divisor = prefix_for(total.dense_flops)
-    table = Table(title="Compute ledger", title_justify="left", title_style="bold")
+    # Wide enough for numbers, narrow enough for a terminal of 80 columns.
+    table = Table(title="Compute ledger", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for heading in (
         "phase",
         "parameters",

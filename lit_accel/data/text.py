@@ -271,8 +271,8 @@ class TextDataModule(L.LightningDataModule):
         """Epoch in which the next loader starts, and windows of it that have been consumed."""
         if self._begun is None and self.trainer is not None:
             batches, fit_loop = self._batches(), self.trainer.fit_loop
-            completed = batches.current.completed
-            if fit_loop.restarting and self._samples == 0 and completed == batches.current.processed > 0:
+            whole = batches.is_last_batch and batches.current.completed == batches.current.ready > 0
+            if fit_loop.restarting and whole:
                 # The checkpoint is one of a finished epoch. With `max_steps` Lightning enters that epoch once more,
                 # and would train on one batch too many in it; there must be none left.
                 return self._epoch - 1, sys.maxsize

@@ -101,25 +101,35 @@ def test_a_model_that_begins_small_has_no_empty_phase(tmp_path):
 
 
 class ManyForwards(TinyModule):
-    """Two forward calls a batch, one without gradients, and one in evaluation mode."""
+    """Three forward calls a batch, one of them in evaluation mode, and one without gradients."""
 
     def training_step(self, batch, batch_idx):
         with torch.no_grad():
             self.loss(batch[:2])
+        # What from_pretrained returns is in evaluation mode, and trains all the same.
         self.net.eval()
-        self.loss(batch)
+        loss = self.loss(batch)
         self.net.train()
-        return self.loss(batch) + self.loss(batch)
+        return loss + self.loss(batch) + self.loss(batch)
 
 
-def test_counts_every_forward_call_in_training_mode_and_no_other(tmp_path):
+def test_counts_every_forward_call_of_training_batches_and_no_other(tmp_path):
     module, ledger = ManyForwards(), ComputeLedger()
     trainer = make_trainer(tmp_path, callbacks=[ledger], max_steps=2, accumulate_grad_batches=3)
     trainer.fit(module, loader(), loader(num_samples=16))
-    batch = 2 * cost(module) + forward_flops(anatomy_of(module.net), 2, TOKENS).total
+    batch = 3 * cost(module) + forward_flops(anatomy_of(module.net), 2, TOKENS).total
     (phase,) = ledger.phases.list
     assert (phase.steps, phase.flops, phase.dense_flops) == (2, 6 * batch, 6 * batch)
-    assert phase.tokens == 6 * (2 * BATCH + 2) * TOKENS
+    assert phase.tokens == 6 * (3 * BATCH + 2) * TOKENS
+
+
+def test_warns_if_nothing_is_counted(tmp_path):
+    class Parts(TinyModule):
+        def training_step(self, batch, batch_idx):
+            return self.net.lm_head(self.net.transformer(input_ids=batch).last_hidden_state).mean()
+
+    with pytest.warns(UserWarning, match="nothing was counted"):
+        make_trainer(tmp_path, callbacks=[ComputeLedger(print_table=False)], max_steps=2).fit(Parts(), loader())
 
 
 def test_activation_checkpointing_repeats_the_blocks(tmp_path):

@@ -6,8 +6,9 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_accel import Level, MultiLevelTraining, Phase, ResizableMixin
+from lit_accel import Level, MultiLevelMixin, MultiLevelTraining, Phase, ResizableMixin
 from lit_accel.anatomy import AnatomyError
 from tests.training import TinyModule, loader, make_trainer
 
@@ -101,6 +102,62 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, small_checkpoint, change, mes
     torch.save(checkpoint, tmp_path / "changed.ckpt")
     with pytest.raises(AnatomyError, match=message):
         OwnHooks.load_from_checkpoint(tmp_path / "changed.ckpt")
+
+
+def test_a_small_model_is_not_taken_for_the_full_one(tmp_path, small_checkpoint):
+    """Loaded small and then resumed, the run grows back to the full size that the checkpoint tells of."""
+    path, weights = small_checkpoint
+    module = OwnHooks.load_from_checkpoint(path)
+    make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES)]).test(module, loader(num_samples=8))
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES)], max_steps=12)
+    if "optimizer_states" not in torch.load(path, weights_only=True):
+        with pytest.raises(MisconfigurationException, match="stored weights of level 0"):
+            trainer.fit(module, loader())
+        return
+    trainer.fit(module, loader(), ckpt_path=path)
+    assert module.net.config.n_layer == 4
+
+
+@pytest.mark.parametrize("change", [{"width_grouping": "adjacent"}, {"depth_mode": "ode"}])
+def test_other_maps_than_the_stored_weights_were_made_with(tmp_path, change):
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES), StopAt(6)], max_epochs=12)
+    trainer.fit(TinyModule(), loader(num_samples=8))
+    trainer.save_checkpoint(tmp_path / "small.ckpt")
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES, **change)], max_epochs=12)
+    with pytest.raises(MisconfigurationException, match="Resume with the same settings"):
+        trainer.fit(TinyModule(), loader(num_samples=8), ckpt_path=tmp_path / "small.ckpt")
+
+
+def test_phases_among_hyper_parameters_can_be_read_back(tmp_path):
+    class Module(MultiLevelMixin, TinyModule):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.save_hyperparameters()
+
+    trainer = make_trainer(tmp_path, max_steps=5)
+    phases = [Phase(0, 3), Phase(1)]
+    trainer.fit(Module(multilevel_phases=phases), loader())
+    trainer.save_checkpoint(tmp_path / "module.ckpt")
+    loaded = Module.load_from_checkpoint(tmp_path / "module.ckpt")
+    assert loaded.hparams.multilevel_phases == phases
+    assert loaded.net.config.n_layer == 2
+
+
+def test_a_failed_growth_can_be_resumed(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES)], max_epochs=12)
+
+    def out_of_memory(*args):
+        raise MemoryError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_accel.methods.multilevel.callback.interpolate", out_of_memory)
+        with pytest.raises(MemoryError):
+            trainer.fit(TinyModule(), loader(num_samples=8))
+    trainer.save_checkpoint(tmp_path / "failed.ckpt")
+    module = TinyModule()
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES)], max_epochs=12)
+    trainer.fit(module, loader(num_samples=8), ckpt_path=tmp_path / "failed.ckpt")
+    assert module.net.config.n_layer == 4
 
 
 def test_a_checkpoint_without_record_loads_as_it_is(tmp_path):

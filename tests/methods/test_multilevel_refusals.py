@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as L
 import pytest
 import torch
+import transformers
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     EarlyStopping,
@@ -93,6 +94,7 @@ def test_an_unclosed_cycle_is_warned_about(tmp_path):
     [
         ([Phase(0, 3), Phase(1, 8), Phase(0)], "longer than the run"),
         ([Phase(0, 3), Phase(1, 7), Phase(0)], "no optimizer step"),
+        ([Phase(0, 1), Phase(1, 1), Phase(0, 1)], "shorter than the run"),
         ([Phase(0, 3), Phase(2, 3), Phase(0)], "no such level"),
         ([Phase(0, 3), Phase(1), Phase(0)], "only the last phase"),
         ([Phase(0, 1.5), Phase(0)], "between 0 and 1"),
@@ -172,6 +174,88 @@ def test_a_scheduler_beside_the_papers_schedule(tmp_path):
 def test_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         MultiLevelTraining(**arguments)
+
+
+def test_a_rehearsal_looks_at_the_phases_too(tmp_path):
+    with pytest.raises(ValueError, match="no such level"):
+        fit(tmp_path, MultiLevelTraining(phases=[Phase(0, 3), Phase(7)]), fast_dev_run=3)
+
+
+def test_a_model_wrapped_by_torch_compile(tmp_path):
+    module = TinyModule()
+    module.net = torch.compile(module.net, backend="eager")
+    with pytest.raises(AnatomyError, match="compile_blocks"):
+        fit(tmp_path, MultiLevelTraining(), module=module)
+
+
+def test_a_head_that_is_tied_across_the_border(tmp_path):
+    module = TinyModule("gpt2-base")
+    module.head = torch.nn.Linear(16, 64, bias=False)
+    module.head.weight = module.net.wte.weight
+    with pytest.raises(MisconfigurationException, match=r"head.weight and net.wte.weight are one"):
+        fit(tmp_path, MultiLevelTraining(), module=module)
+
+
+def test_a_head_of_its_own_is_warned_about(tmp_path):
+    module = TinyModule("gpt2-base")
+    module.head = torch.nn.Linear(16, 5)
+    callback = MultiLevelTraining()
+    trainer = make_trainer(tmp_path, callbacks=[callback], **ENDLESS)
+    trainer.strategy.connect(module)
+    with pytest.warns(UserWarning, match="head.weight .* lies outside of net"):
+        callback.setup(trainer, module, "fit")
+
+
+def test_a_compilation_that_would_be_lost_is_warned_about(tmp_path):
+    module = TinyModule()
+    module.net.transformer.compile(backend="eager")
+    callback = MultiLevelTraining()
+    trainer = make_trainer(tmp_path, callbacks=[callback], **ENDLESS)
+    trainer.strategy.connect(module)
+    with pytest.warns(UserWarning, match="compile_blocks"):
+        callback.setup(trainer, module, "fit")
+
+
+def test_a_subclass_that_a_config_alone_does_not_build(tmp_path):
+    class Mine(transformers.GPT2LMHeadModel):
+        def __init__(self, config, extra):
+            super().__init__(config)
+
+    module = TinyModule()
+    module.net = Mine(module.net.config, 1)
+    with pytest.raises(AnatomyError, match="register_anatomy"):
+        fit(tmp_path, MultiLevelTraining(), module=module)
+
+
+def test_parameters_that_nobody_optimizes(tmp_path):
+    class Forgetful(TinyModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.transformer.h.parameters(), lr=0.1)
+
+    with pytest.raises(MisconfigurationException, match="requires_grad=False"):
+        fit(tmp_path, MultiLevelTraining(), module=Forgetful())
+
+
+def test_learning_rates_of_phases_need_automatic_optimization(tmp_path):
+    module = TinyModule()
+    module.automatic_optimization = False
+    with pytest.raises(MisconfigurationException, match="automatic optimization"):
+        fit(tmp_path, MultiLevelTraining(learning_rate="rewarm"), module=module)
+
+
+def test_an_ignored_ramp_is_warned_about():
+    with pytest.warns(UserWarning, match="num_rewarm_steps is ignored"):
+        MultiLevelTraining(num_rewarm_steps=5)
+
+
+def test_several_machines():
+    with pytest.raises(MisconfigurationException, match="num_nodes=2"):
+        L.Trainer(strategy="resizable", accelerator="cpu", devices=1, num_nodes=2)
+
+
+def test_communication_hooks_with_a_state():
+    with pytest.raises(MisconfigurationException, match="ddp_comm_state"):
+        ResizableDDPStrategy(ddp_comm_state=object())
 
 
 def test_an_optimizer_that_was_bound_once(tmp_path):

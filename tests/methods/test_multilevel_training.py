@@ -220,6 +220,66 @@ def test_the_final_model_is_an_ordinary_hugging_face_model(tmp_path):
         assert torch.equal(loaded.state_dict()[key], value)
 
 
+def test_a_module_that_builds_its_model_in_configure_model(tmp_path):
+    class Lazy(TinyModule):
+        def __init__(self):
+            super().__init__()
+            del self.net
+
+        def configure_model(self):
+            if not hasattr(self, "net"):
+                self.net = TinyModule().net
+
+    _, watch, _ = fit(tmp_path, MultiLevelTraining(phases=TWO), module=Lazy())
+    assert watch.depths == expected_depths(TWO)
+
+
+def test_a_module_that_makes_its_data_in_setup(tmp_path):
+    class Own(TinyModule):
+        def setup(self, stage):
+            self.data = loader(num_samples=56)
+
+        def train_dataloader(self):
+            return self.data
+
+    watch = Watch()
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=TWO), watch], max_epochs=2)
+    trainer.fit(Own())
+    assert watch.depths == expected_depths(TWO)
+
+
+def test_training_flags_of_submodules_are_kept(tmp_path):
+    module = TinyModule()
+    module.net.transformer.h.eval()
+    make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=TWO)], max_steps=STEPS).fit(module, loader())
+    assert module.net.training
+    assert not any(part.training for part in module.net.transformer.h.modules())
+
+
+@pytest.mark.parametrize("preset", ["paper", "exact"])
+def test_frozen_parameters_are_not_moved_by_the_rule(tmp_path, preset):
+    module = TinyModule()
+    module.net.transformer.wpe.weight.requires_grad_(False)
+    before = module.net.transformer.wpe.weight.clone()
+    make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=TWO, preset=preset)], max_steps=STEPS).fit(
+        module, loader()
+    )
+    assert torch.equal(module.net.transformer.wpe.weight, before)
+
+
+def test_a_callback_can_be_used_again(tmp_path):
+    callback = MultiLevelTraining(phases=TWO)
+    fit(tmp_path, callback)
+    _, watch, _ = fit(tmp_path, callback)
+    assert watch.depths == expected_depths(TWO)
+
+
+def test_a_ramp_follows_a_transition_and_nothing_else():
+    resolved = resolve_phases([Phase(0, 4), Phase(1, 4), Phase(1, 4), Phase(0)], 2, 16)
+    factors = [lr_factor(resolved, step, "rewarm", 2) for step in range(16)]
+    assert factors == [1, 1, 1, 1, 0.5, 1, 1, 1, 1, 1, 1, 1, 0.5, 1, 1, 1]
+
+
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6),
     extra=st.integers(1, 30),

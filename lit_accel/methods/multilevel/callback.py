@@ -24,9 +24,11 @@ from lit_accel.anatomy import (
     anatomy_of,
     build_resized,
     find_transformer,
+    loses_compilation,
+    rehearse_build,
     require_blocks_alike,
 )
-from lit_accel.methods.multilevel.learning_rate import apply_lr_factor, restore_after_step
+from lit_accel.methods.multilevel.learning_rate import apply_lr_factor, restore_scheduled_lr
 from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, LevelMap, WidthGrouping, level_map
 from lit_accel.methods.multilevel.moments import (
     SUPPORTED_OPTIMIZERS,
@@ -47,7 +49,16 @@ from lit_accel.methods.multilevel.phases import (
     v_cycle,
 )
 from lit_accel.methods.multilevel.presets import PRESETS, PresetName
-from lit_accel.resizing import OptimizerState, ResizableStrategy, ensure_resizable, replace_transformer
+from lit_accel.resizing import (
+    OptimizerState,
+    ResizableStrategy,
+    full_size,
+    prepare_module,
+    replace_transformer,
+    require_all_optimized,
+)
+
+_STATE_VERSION = 1
 
 # Each keeps parameters, or copies of them, that a resize leaves behind.
 _INCOMPATIBLE: dict[type, str] = {
@@ -70,7 +81,7 @@ class MultiLevelTraining(L.Callback):
         levels: The smaller levels, each in relation to the one above; default is one of half width and depth.
         phases: Parts of the run, each at one level. Default is a V-cycle: 5 % of the steps in each level on the
             way down, 50 % shared by the small levels on the way up, and the rest in the full model.
-        preset: ``correction``: the coarse-grid correction, averaged blocks, a fresh optimizer. ``paper``: the
+        preset: ``correction``: the coarse-grid correction, averaged blocks, moments projected. ``paper``: the
             published rule with alpha 0.25, a fresh optimizer and an own schedule in each phase. ``exact``: growth
             that preserves the function, moments projected. The arguments below override it.
         alpha: The paper's interpolation, the weight of the small model in [0, 1].
@@ -85,7 +96,7 @@ class MultiLevelTraining(L.Callback):
         learning_rate: ``continue``: the run's schedule goes on. ``rewarm``: besides, a ramp after each
             transition. ``paper``: a ramp in the first phase, a decay to zero in every later one; needs a module
             without a scheduler. Each phase's ``lr_scale`` multiplies it.
-        num_rewarm_steps: Length of the ramp of ``rewarm``, in optimizer steps.
+        num_rewarm_steps: Length of the ramp of ``rewarm``, in optimizer steps; default is 100.
 
     Raises:
         ValueError: If an argument is none of the allowed values.
@@ -108,7 +119,7 @@ class MultiLevelTraining(L.Callback):
         depth_grouping: DepthGrouping = "adjacent",
         optimizer_state: OptimizerStatePolicy | None = None,
         learning_rate: LearningRatePolicy | None = None,
-        num_rewarm_steps: int = 100,
+        num_rewarm_steps: int | None = None,
     ) -> None:
         for argument, value, allowed in (
             ("preset", preset, PresetName),
@@ -131,9 +142,12 @@ class MultiLevelTraining(L.Callback):
         self.depth_grouping = depth_grouping
         self.optimizer_state = optimizer_state or chosen.optimizer_state
         self.learning_rate = learning_rate or chosen.learning_rate
-        if num_rewarm_steps < 1:
-            raise ValueError(f"num_rewarm_steps is {num_rewarm_steps}; it must be at least 1.")
-        self.num_rewarm_steps = num_rewarm_steps
+        if num_rewarm_steps is not None:
+            if num_rewarm_steps < 1:
+                raise ValueError(f"num_rewarm_steps is {num_rewarm_steps}; it must be at least 1.")
+            if self.learning_rate != "rewarm":
+                rank_zero_warn(f'num_rewarm_steps is ignored: it is for "rewarm", learning_rate is {learning_rate!r}.')
+        self.num_rewarm_steps = num_rewarm_steps or 100
 
         self.schedule: tuple[ResolvedPhase, ...] = ()
         self.maps: list[LevelMap] = []
@@ -147,25 +161,20 @@ class MultiLevelTraining(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Plan the levels and refuse whatever could not work, before anything is trained."""
+        prepare_module(trainer, pl_module)
         self._path, transformer = find_transformer(pl_module)
         anatomy = anatomy_of(transformer)
-        if not self.maps:
-            self.maps = self.plan_levels(anatomy)
-        ensure_resizable(pl_module)
-        if stage == "fit":
-            self._refuse_incompatible(trainer)
-            require_blocks_alike(transformer, anatomy)
-            num_steps = trainer.estimated_stepping_batches
-            if num_steps in (float("inf"), -1):
-                raise MisconfigurationException(
-                    "MultiLevelTraining must know how long the run is. Give the Trainer max_steps, or max_epochs with "
-                    "a data loader of known length."
-                )
-            if trainer.fast_dev_run:  # type: ignore[attr-defined]
-                self.schedule = rehearse_phases(self.phases, int(num_steps))
-                return
-            self.schedule = resolve_phases(self.phases, len(self.levels) + 1, int(num_steps))
-            self._check_end(trainer)
+        self.maps = self.plan_levels(anatomy.at(full_size(pl_module)))
+        if stage != "fit":
+            return
+        if trainer.global_step == 0:
+            # What an earlier run of this callback has left; a checkpoint is loaded after this.
+            self._stored, self._stored_moments = {}, {}
+        self._refuse_incompatible(trainer, pl_module)
+        self._refuse_model(pl_module, transformer, anatomy)
+        # A module that makes its data in its own setup has none yet.
+        if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
+            self._resolve_schedule(trainer)
 
     def plan_levels(self, anatomy: Anatomy) -> list[LevelMap]:
         """Return the maps between the levels of a model, without building any of them.
@@ -193,7 +202,57 @@ class MultiLevelTraining(L.Callback):
             anatomy = step.small
         return maps
 
-    def _refuse_incompatible(self, trainer: L.Trainer) -> None:
+    def _resolve_schedule(self, trainer: L.Trainer) -> None:
+        num_steps = trainer.estimated_stepping_batches
+        if num_steps in (float("inf"), -1):
+            raise MisconfigurationException(
+                "MultiLevelTraining must know how long the run is. Give the Trainer max_steps, or max_epochs "
+                "with a data loader of known length."
+            )
+        num_levels = len(self.levels) + 1
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.schedule = rehearse_phases(self.phases, num_levels, int(num_steps))
+            return
+        self.schedule = resolve_phases(self.phases, num_levels, int(num_steps))
+        self._check_end(trainer)
+
+    def _refuse_model(self, pl_module: L.LightningModule, transformer: nn.Module, anatomy: Anatomy) -> None:
+        require_blocks_alike(transformer, anatomy)
+        for step in self.maps:
+            rehearse_build(transformer, anatomy, step.small)
+        prefix = f"{self._path}."
+        inside = {
+            id(p): name for name, p in pl_module.named_parameters(remove_duplicate=False) if name.startswith(prefix)
+        }
+        outside = [
+            (name, p) for name, p in pl_module.named_parameters(remove_duplicate=False) if not name.startswith(prefix)
+        ]
+        for name, parameter in outside:
+            if id(parameter) in inside:
+                raise MisconfigurationException(
+                    f"{name} and {inside[id(parameter)]} are one parameter. A resize replaces what is inside of "
+                    f"{self._path} and would untie it from what is outside. Use the model's own class with a "
+                    "tied head, such as GPT2LMHeadModel."
+                )
+            width = self.maps[0].large.size.axes["embed"]
+            if self.maps[-1].small.size.axes["embed"] != width and width in parameter.shape:
+                rank_zero_warn(
+                    f"{name} {tuple(parameter.shape)} lies outside of {self._path} and may be as wide as its "
+                    f"hidden states ({width}), which become narrower. It is not resized: use the model's own "
+                    "class with a head, or width 1 in every level."
+                )
+        if loses_compilation(transformer, anatomy):
+            rank_zero_warn(
+                "A resize keeps only what lit_accel.anatomy.compile_blocks(model, ...) has compiled: another "
+                "compilation of the model or its blocks, or its options, would be lost."
+            )
+
+    def _refuse_incompatible(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._changes_lr and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                "A learning rate that depends on the phase needs automatic optimization: in manual optimization nobody "
+                'but the module knows when its schedulers step. Use learning_rate="continue" with lr_scale 1.'
+            )
         strategy = trainer.strategy
         if not isinstance(strategy, ResizableStrategy):
             raise MisconfigurationException(
@@ -228,7 +287,15 @@ class MultiLevelTraining(L.Callback):
         rank_zero_warn(f"The last phase is at level {last}: the run will end with a smaller model than it began.")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check what exists only now: the optimizers and their schedulers."""
+        """Check what exists only now: the optimizers and their schedulers, and data that the module has made."""
+        if not self.schedule:
+            self._resolve_schedule(trainer)
+        require_all_optimized(pl_module, trainer.optimizers)
+        if len(trainer.optimizers) > 1 and trainer.max_epochs != -1:
+            raise MisconfigurationException(
+                "With several optimizers each of their steps counts, and the length of the run in epochs says "
+                "nothing of their number. Give the Trainer max_steps and max_epochs=-1."
+            )
         if self.optimizer_state != "reset":
             for optimizer in trainer.optimizers:
                 if type(optimizer) not in SUPPORTED_OPTIMIZERS:
@@ -260,8 +327,18 @@ class MultiLevelTraining(L.Callback):
                 "(not a weights-only one), or load the small model for itself."
             )
         if self._changes_lr:
-            restore_after_step(trainer.optimizers)
+            scheduler_step = pl_module.lr_scheduler_step
+
+            def restore_then_step(*args: Any) -> None:
+                restore_scheduled_lr(trainer.optimizers)
+                scheduler_step(*args)
+
+            pl_module.lr_scheduler_step = restore_then_step  # type: ignore[assignment, method-assign]
             self._apply_lr(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        vars(pl_module).pop("lr_scheduler_step", None)
 
     def _present_level(self, pl_module: L.LightningModule) -> int:
         size = anatomy_of(find_transformer(pl_module)[1]).size
@@ -330,8 +407,6 @@ class MultiLevelTraining(L.Callback):
         goes_down = level > self._level
         step = self.maps[min(level, self._level)]
         before, started = self._level, time.perf_counter()
-        # Rebuilding frees the stored weights; the moments beside them are read after it.
-        stored_moments = None if goes_down else self._stored_moments.pop(level, {})
 
         def rebuild() -> None:
             transformer = find_transformer(pl_module)[1]
@@ -344,16 +419,21 @@ class MultiLevelTraining(L.Callback):
             # What lies outside of the transformer keeps its size, and so its state.
             kept = {name: entry for name, entry in state.items() if not name.startswith(prefix)}
             if goes_down and self._merges_moments:
-                self._stored_moments[before] = old
+                self._stored_moments[before] = {
+                    name: {key: value.detach().cpu() for key, value in entry.items()} for name, entry in old.items()
+                }
             new = project_optimizer_state(old, step, "down" if goes_down else "up", self.optimizer_state)
-            if stored_moments:
-                new = merge_optimizer_state(stored_moments, new, self.interpolation)
+            if not goes_down and level in self._stored_moments:
+                new = merge_optimizer_state(self._stored_moments[level], new, self.interpolation)
             return {**kept, **{prefix + name: entry for name, entry in new.items()}}
 
         strategy.resize(rebuild, carry if self.optimizer_state != "reset" else None)
         self._level = level
+        if not goes_down:
+            # Only now: a growth that fails, for want of memory say, must be able to be resumed.
+            self._stored.pop(level)
+            self._stored_moments.pop(level, None)
         if self._changes_lr:
-            restore_after_step(trainer.optimizers)
             self._apply_lr(trainer)
         anatomy = step.small if goes_down else step.large
         rank_zero_info(
@@ -371,9 +451,13 @@ class MultiLevelTraining(L.Callback):
     def _grow(self, transformer: nn.Module, step: LevelMap, level: int) -> nn.Module:
         small = {name: parameter.detach() for name, parameter in transformer.named_parameters()}
         device = next(iter(small.values())).device
-        stored = {name: tensor.to(device) for name, tensor in self._stored.pop(level).items()}
-        merged = interpolate(stored, small, step, self.interpolation)
-        return load_parameters(build_resized(transformer, step.small, step.large.size), merged)
+        stored = {name: tensor.to(device) for name, tensor in self._stored[level].items()}
+        merged = dict(interpolate(stored, small, step, self.interpolation))
+        resized = build_resized(transformer, step.small, step.large.size)
+        # What is frozen was not trained in the small level either: it stays what it is, whatever the rule.
+        frozen = {name for name, parameter in resized.named_parameters() if not parameter.requires_grad}
+        merged.update({name: stored[name].clone() for name in frozen})
+        return load_parameters(resized, merged)
 
     @property
     def _merges_moments(self) -> bool:
@@ -394,7 +478,8 @@ class MultiLevelTraining(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what the way up needs: stored weights, and moments where they are merged."""
         return {
-            "version": 1,
+            "version": _STATE_VERSION,
+            "maps": self._map_settings(),
             "schedule": [[phase.level, phase.start, phase.end] for phase in self.schedule],
             "stored": {level: dict(state) for level, state in self._stored.items()},
             "stored_moments": {
@@ -403,8 +488,31 @@ class MultiLevelTraining(L.Callback):
             },
         }
 
+    def _map_settings(self) -> dict[str, Any]:
+        return {
+            "levels": [[level.width, level.depth] for level in self.levels],
+            "width_grouping": self.width_grouping,
+            "depth_grouping": self.depth_grouping,
+            "depth_mode": self.depth_mode,
+        }
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up stored weights; warn if the phases have changed since."""
+        """Take up stored weights; warn if the phases have changed since.
+
+        Raises:
+            MisconfigurationException: If the levels are merged in another way than the stored weights were, or a newer
+                version wrote the checkpoint.
+        """
+        if state_dict["version"] > _STATE_VERSION:
+            raise MisconfigurationException(
+                f"The checkpoint's multi-level state has format {state_dict['version']}; this version of "
+                f"lit-accel reads up to {_STATE_VERSION}. Update lit-accel."
+            )
+        if state_dict["stored"] and state_dict["maps"] != self._map_settings():
+            raise MisconfigurationException(
+                f"The checkpoint's small model was coalesced with {state_dict['maps']}; this run has "
+                f"{self._map_settings()} and could not grow it back. Resume with the same settings."
+            )
         self._stored = {int(level): dict(state) for level, state in state_dict["stored"].items()}
         self._stored_moments = {int(level): dict(state) for level, state in state_dict["stored_moments"].items()}
         saved = [tuple(phase) for phase in state_dict["schedule"]]

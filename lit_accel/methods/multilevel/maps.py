@@ -92,7 +92,7 @@ class LevelMap:
         target = self.small if contracts else self.large
         mapped = {}
         for name in target.parameters:
-            sources = self._sources(name, contracts)
+            sources = self.sources(name, operator)
             present = [source for source in sources if source in state]
             if not present:
                 continue
@@ -166,8 +166,14 @@ class LevelMap:
 
     # Depth
 
-    def _sources(self, name: str, contracts: bool) -> list[str]:
-        """Return the parameters of the other level that a target parameter is made from."""
+    def sources(self, name: str, operator: Operator) -> list[str]:
+        """Return the parameters of one level that a parameter of the other is made from.
+
+        Args:
+            name: A parameter of the level that the operator leads to.
+            operator: See the head of this module.
+        """
+        contracts = _CONTRACTS[operator]
         target, source = (self.small, self.large) if contracts else (self.large, self.small)
         block, local = target.split_name(name)
         if block is None:

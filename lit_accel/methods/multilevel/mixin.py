@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from lit_accel.methods.multilevel.callback import MultiLevelTraining
+from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, WidthGrouping
 from lit_accel.methods.multilevel.moments import OptimizerStatePolicy
 from lit_accel.methods.multilevel.phases import LearningRatePolicy, Level, Phase
 from lit_accel.methods.multilevel.presets import PresetName
@@ -22,8 +23,14 @@ class MultiLevelMixin(ResizableMixin):
         multilevel_phases: ``phases`` of the callback.
         multilevel_preset: ``preset`` of the callback.
         multilevel_alpha: ``alpha`` of the callback.
+        multilevel_coarse: ``coarse`` of the callback.
+        multilevel_fine: ``fine`` of the callback.
+        multilevel_depth_mode: ``depth_mode`` of the callback.
+        multilevel_width_grouping: ``width_grouping`` of the callback.
+        multilevel_depth_grouping: ``depth_grouping`` of the callback.
         multilevel_optimizer_state: ``optimizer_state`` of the callback.
         multilevel_learning_rate: ``learning_rate`` of the callback.
+        multilevel_num_rewarm_steps: ``num_rewarm_steps`` of the callback.
         **kwargs: Passed on.
 
     Example::
@@ -41,8 +48,14 @@ class MultiLevelMixin(ResizableMixin):
         multilevel_phases: list[Phase] | None = None,
         multilevel_preset: PresetName = "correction",
         multilevel_alpha: float | None = None,
+        multilevel_coarse: float | None = None,
+        multilevel_fine: float | None = None,
+        multilevel_depth_mode: DepthMode | None = None,
+        multilevel_width_grouping: WidthGrouping = "block",
+        multilevel_depth_grouping: DepthGrouping = "adjacent",
         multilevel_optimizer_state: OptimizerStatePolicy | None = None,
         multilevel_learning_rate: LearningRatePolicy | None = None,
+        multilevel_num_rewarm_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -51,8 +64,14 @@ class MultiLevelMixin(ResizableMixin):
             phases=multilevel_phases,
             preset=multilevel_preset,
             alpha=multilevel_alpha,
+            coarse=multilevel_coarse,
+            fine=multilevel_fine,
+            depth_mode=multilevel_depth_mode,
+            width_grouping=multilevel_width_grouping,
+            depth_grouping=multilevel_depth_grouping,
             optimizer_state=multilevel_optimizer_state,
             learning_rate=multilevel_learning_rate,
+            num_rewarm_steps=multilevel_num_rewarm_steps,
         )
 
     def configure_callbacks(self) -> list[Callback]:

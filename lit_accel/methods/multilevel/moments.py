@@ -59,10 +59,11 @@ def project_optimizer_state(
     for key in sorted(keys, key=lambda key: key in _KEPT):
         values = {name: entry[key] for name, entry in state.items() if entry.get(key) is not None}
         if key in _KEPT:
-            # Every parameter has stepped as often as the optimizer has.
-            step = next(iter(values.values()))
-            for entry in projected.values():
-                entry[key] = step.clone()
+            for name, entry in projected.items():
+                # Merged blocks are in one optimizer, and have stepped alike.
+                source = level_map.sources(name, operator)[0]
+                if source in values:
+                    entry[key] = values[source].clone()
             continue
         if key in _FIRST:
             mapped = level_map.apply(values, operator)
@@ -104,7 +105,7 @@ def merge_optimizer_state(
             if old is None or weight == 1:
                 continue
             if key in _FIRST:
-                merged[name][key] = (1 - weight) * old + weight * value
+                merged[name][key] = (1 - weight) * old.to(value.device) + weight * value
             elif key in _SECOND:
-                merged[name][key] = ((1 - weight) * old.sqrt() + weight * value.sqrt()).square()
+                merged[name][key] = ((1 - weight) * old.to(value.device).sqrt() + weight * value.sqrt()).square()
     return merged

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 LearningRatePolicy = Literal["continue", "rewarm", "paper"]
 
 
@@ -38,6 +40,10 @@ class Phase:
     lr_scale: float = 1.0
 
 
+# Hyper-parameters of a LightningModule land in its checkpoints, which torch reads with weights_only=True.
+torch.serialization.add_safe_globals([Level, Phase])
+
+
 @dataclass(frozen=True)
 class ResolvedPhase:
     """A phase in optimizer steps: from ``start`` (included) to ``end`` (excluded)."""
@@ -65,7 +71,7 @@ def resolve_phases(phases: Sequence[Phase], num_levels: int, num_steps: int) -> 
     """Turn phase lengths into optimizer steps.
 
     Args:
-        phases: In order; the last one lasts to the end of the run.
+        phases: In order; together they must last as long as the run.
         num_levels: Levels that exist, the full model included.
         num_steps: Optimizer steps of the whole run.
 
@@ -74,7 +80,7 @@ def resolve_phases(phases: Sequence[Phase], num_levels: int, num_steps: int) -> 
 
     Raises:
         ValueError: If a level does not exist, a length is no positive number, a length is missing before the last
-            phase, a phase would have no step, or the phases are longer than the run.
+            phase, a phase would have no step, or the phases are longer or shorter than the run.
     """
     if not phases:
         raise ValueError("phases is empty; give at least one, or leave it out for a V-cycle.")
@@ -82,8 +88,7 @@ def resolve_phases(phases: Sequence[Phase], num_levels: int, num_steps: int) -> 
     start = 0
     for index, phase in enumerate(phases):
         where = f"phase {index} (level {phase.level})"
-        if not 0 <= phase.level < num_levels:
-            raise ValueError(f"{where}: there is no such level; levels are 0 (the full model) to {num_levels - 1}.")
+        _require_level(phase.level, num_levels, where)
         if phase.lr_scale <= 0:
             raise ValueError(f"{where}: lr_scale is {phase.lr_scale}; it must be positive.")
         is_last = index == len(phases) - 1
@@ -107,6 +112,12 @@ def resolve_phases(phases: Sequence[Phase], num_levels: int, num_steps: int) -> 
                 "Shorten the phases, or raise max_steps."
             )
         if is_last:
+            # Shares are rounded to steps.
+            if num_steps - end > len(phases):
+                raise ValueError(
+                    f"The phases are shorter than the run: {where} would end at step {end}, the run at "
+                    f"{num_steps}. Leave out the length of the last phase to let it last to the end."
+                )
             end = num_steps
         if end <= start:
             raise ValueError(
@@ -118,13 +129,21 @@ def resolve_phases(phases: Sequence[Phase], num_levels: int, num_steps: int) -> 
     return tuple(resolved)
 
 
-def rehearse_phases(phases: Sequence[Phase], num_steps: int) -> tuple[ResolvedPhase, ...]:
+def _require_level(level: int, num_levels: int, where: str) -> None:
+    if not 0 <= level < num_levels:
+        raise ValueError(f"{where}: there is no such level; levels are 0 (the full model) to {num_levels - 1}.")
+
+
+def rehearse_phases(phases: Sequence[Phase], num_levels: int, num_steps: int) -> tuple[ResolvedPhase, ...]:
     """Return the phases at one optimizer step each, for Lightning's ``fast_dev_run``.
 
     Args:
         phases: In order; those that the run is too short for are left out.
+        num_levels: Levels that exist, the full model included.
         num_steps: Optimizer steps of the run.
     """
+    for index, phase in enumerate(phases):
+        _require_level(phase.level, num_levels, f"phase {index} (level {phase.level})")
     steps = range(min(num_steps, len(phases)))
     return tuple(ResolvedPhase(phases[step].level, step, step + 1, phases[step].lr_scale) for step in steps)
 
@@ -154,6 +173,9 @@ def lr_factor(phases: Sequence[ResolvedPhase], step: int, policy: LearningRatePo
     if policy == "paper":
         length = phase.end - phase.start
         return phase.lr_scale * ((done + 1) / length if index == 0 else max(0.0, 1 - done / length))
-    if policy == "rewarm" and index > 0:
-        return phase.lr_scale * min(1.0, (done + 1) / num_rewarm_steps)
+    if policy == "rewarm":
+        while index > 0 and phases[index - 1].level == phase.level:
+            index -= 1
+        if index > 0:
+            return phase.lr_scale * min(1.0, (step - phases[index].start + 1) / num_rewarm_steps)
     return phase.lr_scale

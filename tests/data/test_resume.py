@@ -1,0 +1,151 @@
+"""Interrupted after any batch, validation or epoch, training goes on with exactly the next batch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+
+import lightning.pytorch as L
+import pytest
+import torch
+
+from lit_accel.data import TextDataModule
+from tests.training import make_trainer
+
+# Fourteen windows, seven batches an epoch: accumulation over three does not divide it.
+DATA = {"tokenizer": "bytes", "max_bytes": 1100, "block_size": 60, "batch_size": 2, "val_fraction": 0.15}
+
+
+class Recorder(L.LightningModule):
+    """Remembers what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.seen: list[tuple[int, ...]] = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(tuple(torch.cat([batch["input_ids"], batch["labels"]]).flatten().tolist()))
+        return self.layer(batch["input_ids"].float().view(-1, 1)).mean() * 0
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class SaveAlways(L.Callback):
+    """Writes a checkpoint wherever Lightning's own callbacks may."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+        self.batches_before: dict[str, int] = {}
+
+    def save(self, trainer, module, when):
+        path = f"{self.folder}/{when}-{len(module.seen)}.ckpt"
+        trainer.save_checkpoint(path)
+        self.batches_before[path] = len(module.seen)
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.save(trainer, pl_module, "batch")
+
+    def on_validation_end(self, trainer, pl_module):
+        self.save(trainer, pl_module, "validation")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.save(trainer, pl_module, "epoch")
+
+
+def run(folder, *, checkpoint=None, callbacks=(), workers=0, devices=1, **kwargs):
+    module = Recorder()
+    data = TextDataModule(**DATA, objective="masked", num_workers=workers, cache_dir=folder / "cache")
+    trainer = make_trainer(
+        folder,
+        callbacks=callbacks,
+        strategy="ddp" if devices > 1 else "auto",
+        devices=devices,
+        val_check_interval=3,
+        num_sanity_val_steps=0,
+        **kwargs,
+    )
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    return module.seen
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_steps": 5, "max_epochs": -1}], ids=["epochs", "steps"])
+def test_from_every_checkpoint(tmp_path, accumulate, length):
+    settings = {"accumulate_grad_batches": accumulate, **length}
+    saver = SaveAlways(tmp_path)
+    seen = run(tmp_path, callbacks=[saver], **settings)
+    assert len(saver.batches_before) >= 5
+    for path, batches_before in saver.batches_before.items():
+        assert run(tmp_path, checkpoint=path, **settings) == seen[batches_before:], path
+
+
+def test_with_workers(tmp_path):
+    saver = SaveAlways(tmp_path)
+    seen = run(tmp_path, callbacks=[saver], workers=2, max_epochs=2)
+    assert seen == run(tmp_path, max_epochs=2)
+    for path, batches_before in saver.batches_before.items():
+        if batches_before in (3, 7, 10):
+            assert run(tmp_path, checkpoint=path, workers=2, max_epochs=2) == seen[batches_before:], path
+
+
+def rank_main(rank, port, folder, queue):
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank)
+    )
+    torch.set_num_threads(1)
+    saver = SaveAlways(folder)
+    seen = run(folder, callbacks=[saver], devices=2, max_epochs=2)
+    resumed = {
+        path: (before, run(folder, checkpoint=path, devices=2, max_epochs=2))
+        for path, before in saver.batches_before.items()
+        if before in (2, 3)
+    }
+    queue.put((rank, seen, resumed))
+
+
+@pytest.mark.processes
+def test_on_two_processes(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.cycle", "tests.data.test_resume"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = context.Queue()
+    ranks = [context.Process(target=rank_main, args=(rank, port, tmp_path, queue)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    results = sorted(queue.get(timeout=120) for _ in ranks)
+    for process in ranks:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    (_, first, first_resumed), (_, second, second_resumed) = results
+    assert len(first) == len(second) == 2 * 3
+    assert not set(first[:3]) & set(second[:3])
+    for seen, resumed in ((first, first_resumed), (second, second_resumed)):
+        assert resumed
+        for before, got in resumed.values():
+            assert got == seen[before:]
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    saver = SaveAlways(tmp_path)
+    run(tmp_path, callbacks=[saver], max_epochs=1)
+    data = TextDataModule(**{**DATA, "tokenizer": "bpe", "vocab_size": 300}, cache_dir=tmp_path / "cache")
+    trainer = make_trainer(tmp_path, strategy="auto", max_epochs=2)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        trainer.fit(Recorder(), data, ckpt_path=next(iter(saver.batches_before)))
+
+
+def test_without_a_trainer(tmp_path):
+    data = TextDataModule(**DATA, cache_dir=tmp_path)
+    data.prepare_data()
+    data.setup("fit")
+    first = [batch["input_ids"] for batch in data.train_dataloader()]
+    data.set_position(0, samples=4)
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in data.train_dataloader()]), torch.cat(first[2:]))
