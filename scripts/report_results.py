@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scripts.compare_presets import VARIANTS
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results"
 
@@ -28,7 +30,7 @@ def presets_table() -> str:
     """Return the comparison of presets, mean and spread over seeds at each learning rate."""
     rows = [json.loads(line) for line in (RESULTS / "presets.jsonl").read_text().splitlines()]
     rates = sorted({row["lr"] for row in rows})
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    variants = [variant for variant in VARIANTS if any(row["variant"] == variant for row in rows)]
     dense_flops = max(row["flops"] for row in rows if row["variant"] == "dense 100 %")
 
     def cell(variant: str, rate: float) -> str:
@@ -45,18 +47,11 @@ def presets_table() -> str:
     for variant in variants:
         flops = statistics.mean(row["flops"] for row in rows if row["variant"] == variant) / dense_flops
         lines.append(f"| {variant} | {flops:.0%} | " + " | ".join(cell(variant, rate) for rate in rates) + " |")
-    seeds = {
-        variant: len({row["seed"] for row in rows if row["variant"] == variant and row["lr"] == 4e-3})
-        for variant in variants
-    }
-    most = max(seeds.values())
-    fewer = [variant for variant, number in seeds.items() if number < most]
-    note = f" One seed for {', '.join(fewer)}, and at the other learning rates." if fewer and most > 1 else ""
     return "\n".join(
         [
             "Held-out loss (nats a token) of a GPT of 4 blocks and width 128 on the standard library's sources,",
             "600 dense steps of 2,048 tokens. Every run has its own completed learning-rate decay; lower is better.",
-            f"Mean ± standard deviation over {most} seeds at lr 0.004 where given.{note}",
+            "Mean ± standard deviation over three seeds; without ±, one seed.",
             "",
             *lines,
             "",

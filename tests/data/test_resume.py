@@ -58,6 +58,31 @@ class SaveAlways(L.Callback):
         self.save(trainer, pl_module, "epoch")
 
 
+class SaveAtTheEnd(L.Callback):
+    """Writes a checkpoint when training is over, whatever ended it."""
+
+    def __init__(self, folder) -> None:
+        self.path = f"{folder}/end.ckpt"
+
+    def on_train_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.path)
+
+
+class FailAndSave(L.Callback):
+    """Breaks off inside of a batch, and saves as `ModelCheckpoint(save_on_exception=True)` does."""
+
+    def __init__(self, folder, batch: int) -> None:
+        self.path = f"{folder}/exception.ckpt"
+        self.batch = batch
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if len(pl_module.seen) == self.batch + 1:
+            raise ConnectionError
+
+    def on_exception(self, trainer, pl_module, exception):
+        trainer.save_checkpoint(self.path)
+
+
 def run(folder, *, checkpoint=None, callbacks=(), workers=0, devices=1, **kwargs):
     module = Recorder()
     data = TextDataModule(**DATA, objective="masked", num_workers=workers, cache_dir=folder / "cache")
@@ -74,15 +99,48 @@ def run(folder, *, checkpoint=None, callbacks=(), workers=0, devices=1, **kwargs
     return module.seen
 
 
+# In mid-epoch, around a validation, and on both sides of the end of an epoch.
+TELLING = (2, 3, 6, 7, 8)
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_steps": 5, "max_epochs": -1}], ids=["epochs", "steps"])
 def test_from_every_checkpoint(tmp_path, accumulate, length):
+    # Eleven batches are four steps of three and one of two: accumulation is cut short at the end of an epoch.
+    length = {**length, "max_steps": 11} if accumulate == 1 and "max_steps" in length else length
     settings = {"accumulate_grad_batches": accumulate, **length}
     saver = SaveAlways(tmp_path)
     seen = run(tmp_path, callbacks=[saver], **settings)
-    assert len(saver.batches_before) >= 5
-    for path, batches_before in saver.batches_before.items():
+    telling = {path: before for path, before in saver.batches_before.items() if before in TELLING}
+    assert len(telling) == 8  # five batches, two validations, one epoch
+    for path, batches_before in telling.items():
         assert run(tmp_path, checkpoint=path, **settings) == seen[batches_before:], path
+
+
+@pytest.mark.parametrize("stop", [3, 7])
+def test_a_run_that_max_steps_ended_can_be_made_longer(tmp_path, stop):
+    saver = SaveAtTheEnd(tmp_path)
+    whole = run(tmp_path, max_steps=10, max_epochs=-1)
+    first = run(tmp_path, callbacks=[saver], max_steps=stop, max_epochs=-1)
+    assert first + run(tmp_path, checkpoint=saver.path, max_steps=10, max_epochs=-1) == whole
+
+
+@pytest.mark.parametrize("batch", [3, 6])
+def test_a_batch_that_failed_is_tried_again(tmp_path, batch):
+    whole = run(tmp_path, max_epochs=2)
+    saver = FailAndSave(tmp_path, batch)
+    with pytest.raises(ConnectionError):
+        run(tmp_path, callbacks=[saver], max_epochs=2)
+    assert run(tmp_path, checkpoint=saver.path, max_epochs=2) == whole[batch:]
+
+
+def test_limited_epochs(tmp_path):
+    saver = SaveAlways(tmp_path)
+    settings = {"limit_train_batches": 4, "max_epochs": 2}
+    seen = run(tmp_path, callbacks=[saver], **settings)
+    for path, batches_before in saver.batches_before.items():
+        if batches_before in (3, 4):
+            assert run(tmp_path, checkpoint=path, **settings) == seen[batches_before:], path
 
 
 def test_with_workers(tmp_path):
@@ -140,6 +198,19 @@ def test_another_tokenizer_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, strategy="auto", max_epochs=2)
     with pytest.raises(ValueError, match="another tokenizer"):
         trainer.fit(Recorder(), data, ckpt_path=next(iter(saver.batches_before)))
+
+
+def test_another_text_starts_the_epoch_again_and_says_so(tmp_path):
+    saver = SaveAlways(tmp_path)
+    run(tmp_path, callbacks=[saver], max_epochs=1)
+    data = TextDataModule(**{**DATA, "max_bytes": 1500}, cache_dir=tmp_path / "cache")
+    data.prepare_data()
+    data.setup("fit")
+    state = torch.load(next(iter(saver.batches_before)), weights_only=True)["TextDataModule"]
+    assert state["samples"] > 0
+    with pytest.warns(UserWarning, match="another text"):
+        data.load_state_dict(state)
+    assert data.state_dict()["samples"] == 0
 
 
 def test_without_a_trainer(tmp_path):

@@ -6,13 +6,6 @@ import time
 from typing import Any, get_args
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    EarlyStopping,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,14 +17,10 @@ from lit_accel.anatomy import (
     anatomy_of,
     build_resized,
     find_transformer,
-    loses_compilation,
-    rehearse_build,
-    require_blocks_alike,
 )
 from lit_accel.methods.multilevel.learning_rate import apply_lr_factor, restore_scheduled_lr
 from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, LevelMap, WidthGrouping, level_map
 from lit_accel.methods.multilevel.moments import (
-    SUPPORTED_OPTIMIZERS,
     OptimizerStatePolicy,
     merge_optimizer_state,
     project_optimizer_state,
@@ -49,24 +38,16 @@ from lit_accel.methods.multilevel.phases import (
     v_cycle,
 )
 from lit_accel.methods.multilevel.presets import PRESETS, PresetName
+from lit_accel.methods.multilevel.refusals import check_model, check_optimizers, check_trainer
 from lit_accel.resizing import (
     OptimizerState,
     ResizableStrategy,
     full_size,
     prepare_module,
     replace_transformer,
-    require_all_optimized,
 )
 
 _STATE_VERSION = 1
-
-# Each keeps parameters, or copies of them, that a resize leaves behind.
-_INCOMPATIBLE: dict[type, str] = {
-    WeightAveraging: "averages weights of one size",
-    StochasticWeightAveraging: "averages weights of one size",
-    ModelPruning: "keeps masks of one size",
-    BaseFinetuning: "moves named parameters between groups",
-}
 
 
 class MultiLevelTraining(L.Callback):
@@ -170,8 +151,9 @@ class MultiLevelTraining(L.Callback):
         if trainer.global_step == 0:
             # What an earlier run of this callback has left; a checkpoint is loaded after this.
             self._stored, self._stored_moments = {}, {}
-        self._refuse_incompatible(trainer, pl_module)
-        self._refuse_model(pl_module, transformer, anatomy)
+        self.schedule = ()
+        check_trainer(trainer, pl_module, changes_lr=self._changes_lr)
+        check_model(pl_module, self._path, transformer, anatomy, self.maps)
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
             self._resolve_schedule(trainer)
@@ -216,63 +198,6 @@ class MultiLevelTraining(L.Callback):
         self.schedule = resolve_phases(self.phases, num_levels, int(num_steps))
         self._check_end(trainer)
 
-    def _refuse_model(self, pl_module: L.LightningModule, transformer: nn.Module, anatomy: Anatomy) -> None:
-        require_blocks_alike(transformer, anatomy)
-        for step in self.maps:
-            rehearse_build(transformer, anatomy, step.small)
-        prefix = f"{self._path}."
-        inside = {
-            id(p): name for name, p in pl_module.named_parameters(remove_duplicate=False) if name.startswith(prefix)
-        }
-        outside = [
-            (name, p) for name, p in pl_module.named_parameters(remove_duplicate=False) if not name.startswith(prefix)
-        ]
-        for name, parameter in outside:
-            if id(parameter) in inside:
-                raise MisconfigurationException(
-                    f"{name} and {inside[id(parameter)]} are one parameter. A resize replaces what is inside of "
-                    f"{self._path} and would untie it from what is outside. Use the model's own class with a "
-                    "tied head, such as GPT2LMHeadModel."
-                )
-            width = self.maps[0].large.size.axes["embed"]
-            if self.maps[-1].small.size.axes["embed"] != width and width in parameter.shape:
-                rank_zero_warn(
-                    f"{name} {tuple(parameter.shape)} lies outside of {self._path} and may be as wide as its "
-                    f"hidden states ({width}), which become narrower. It is not resized: use the model's own "
-                    "class with a head, or width 1 in every level."
-                )
-        if loses_compilation(transformer, anatomy):
-            rank_zero_warn(
-                "A resize keeps only what lit_accel.anatomy.compile_blocks(model, ...) has compiled: another "
-                "compilation of the model or its blocks, or its options, would be lost."
-            )
-
-    def _refuse_incompatible(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._changes_lr and not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                "A learning rate that depends on the phase needs automatic optimization: in manual optimization nobody "
-                'but the module knows when its schedulers step. Use learning_rate="continue" with lr_scale 1.'
-            )
-        strategy = trainer.strategy
-        if not isinstance(strategy, ResizableStrategy):
-            raise MisconfigurationException(
-                f"MultiLevelTraining changes the model's size in mid-training, which {type(strategy).__name__} cannot. "
-                'Use Trainer(strategy="resizable") for one device or "resizable_ddp" for several, after '
-                "`import lit_accel`."
-            )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            for kind, reason in _INCOMPATIBLE.items():
-                if isinstance(callback, kind):
-                    raise MisconfigurationException(
-                        f"{type(callback).__name__} {reason}, and MultiLevelTraining changes the size of the model. "
-                        "Remove one of the two; to average or prune, do so in a second run on the final checkpoint."
-                    )
-            if isinstance(callback, EarlyStopping):
-                rank_zero_warn(
-                    "EarlyStopping beside MultiLevelTraining: the monitored value jumps when the size changes, and a "
-                    "stop in a small phase leaves a small model. Set its patience longer than the longest phase."
-                )
-
     def _check_end(self, trainer: L.Trainer) -> None:
         last = self.schedule[-1].level
         if last == 0:
@@ -290,31 +215,13 @@ class MultiLevelTraining(L.Callback):
         """Check what exists only now: the optimizers and their schedulers, and data that the module has made."""
         if not self.schedule:
             self._resolve_schedule(trainer)
-        require_all_optimized(pl_module, trainer.optimizers)
-        if len(trainer.optimizers) > 1 and trainer.max_epochs != -1:
-            raise MisconfigurationException(
-                "With several optimizers each of their steps counts, and the length of the run in epochs says "
-                "nothing of their number. Give the Trainer max_steps and max_epochs=-1."
-            )
-        if self.optimizer_state != "reset":
-            for optimizer in trainer.optimizers:
-                if type(optimizer) not in SUPPORTED_OPTIMIZERS:
-                    supported = ", ".join(kind.__name__ for kind in SUPPORTED_OPTIMIZERS)
-                    raise MisconfigurationException(
-                        f"optimizer_state={self.optimizer_state!r} can carry the state of {supported}, not of "
-                        f'{type(optimizer).__name__}. Use optimizer_state="reset".'
-                    )
-        configs = trainer.lr_scheduler_configs
-        if self.learning_rate == "paper" and configs:
-            raise MisconfigurationException(
-                'learning_rate="paper" sets a schedule of its own in each phase, but configure_optimizers returns a '
-                f'{type(configs[0].scheduler).__name__} too. Remove it, or use learning_rate="continue".'
-            )
-        if self._changes_lr and any(config.reduce_on_plateau for config in configs):
-            raise MisconfigurationException(
-                "ReduceLROnPlateau cannot be combined with a learning rate that depends on the phase: the monitored "
-                'value jumps when the size changes. Use learning_rate="continue" with lr_scale 1, or another scheduler.'
-            )
+        check_optimizers(
+            trainer,
+            pl_module,
+            optimizer_state=self.optimizer_state,
+            learning_rate=self.learning_rate,
+            changes_lr=self._changes_lr,
+        )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the level that a checkpoint was written at, and the learning rate of the first step."""

@@ -1,0 +1,158 @@
+"""What multi-level training cannot work with; each message says what to do."""
+
+from __future__ import annotations
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lit_accel.anatomy import Anatomy, loses_compilation, rehearse_build, require_blocks_alike
+from lit_accel.methods.multilevel.maps import LevelMap
+from lit_accel.methods.multilevel.moments import SUPPORTED_OPTIMIZERS, OptimizerStatePolicy
+from lit_accel.methods.multilevel.phases import LearningRatePolicy
+from lit_accel.resizing import ResizableStrategy, require_all_optimized
+
+# Each keeps parameters, or copies of them, that a resize leaves behind.
+_INCOMPATIBLE: dict[type, str] = {
+    WeightAveraging: "averages weights of one size",
+    StochasticWeightAveraging: "averages weights of one size",
+    ModelPruning: "keeps masks of one size",
+    BaseFinetuning: "moves named parameters between groups",
+}
+
+
+def check_model(
+    pl_module: L.LightningModule, path: str, transformer: nn.Module, anatomy: Anatomy, maps: list[LevelMap]
+) -> None:
+    """Check that a transformer can be resized where it is.
+
+    Args:
+        pl_module: The LightningModule.
+        path: Where in it the transformer is.
+        transformer: The transformer.
+        anatomy: Its anatomy.
+        maps: The maps between its levels.
+
+    Raises:
+        AnatomyError: If it cannot be built at the size of a level, or is frozen in part.
+        MisconfigurationException: If it shares a parameter with the rest of the module.
+    """
+    require_blocks_alike(transformer, anatomy)
+    for step in maps:
+        rehearse_build(transformer, anatomy, step.small)
+    prefix = f"{path}."
+    inside = {id(p): name for name, p in pl_module.named_parameters(remove_duplicate=False) if name.startswith(prefix)}
+    outside = [
+        (name, p) for name, p in pl_module.named_parameters(remove_duplicate=False) if not name.startswith(prefix)
+    ]
+    for name, parameter in outside:
+        if id(parameter) in inside:
+            raise MisconfigurationException(
+                f"{name} and {inside[id(parameter)]} are one parameter. A resize replaces what is inside of "
+                f"{path} and would untie it from what is outside. Use the model's own class with a "
+                "tied head, such as GPT2LMHeadModel."
+            )
+        width = maps[0].large.size.axes["embed"]
+        if maps[-1].small.size.axes["embed"] != width and width in parameter.shape:
+            rank_zero_warn(
+                f"{name} {tuple(parameter.shape)} lies outside of {path} and may be as wide as its "
+                f"hidden states ({width}), which become narrower. It is not resized: use the model's own "
+                "class with a head, or width 1 in every level."
+            )
+    if loses_compilation(transformer, anatomy):
+        rank_zero_warn(
+            "A resize keeps only what lit_accel.anatomy.compile_blocks(model, ...) has compiled: another "
+            "compilation of the model or its blocks, or its options, would be lost."
+        )
+
+
+def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, *, changes_lr: bool) -> None:
+    """Check strategy, callbacks and kind of optimization.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+        changes_lr: Whether the learning rate depends on the phase.
+
+    Raises:
+        MisconfigurationException: If one of them cannot live with a model that changes its size.
+    """
+    if changes_lr and not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "A learning rate that depends on the phase needs automatic optimization: in manual optimization nobody "
+            'but the module knows when its schedulers step. Use learning_rate="continue" with lr_scale 1.'
+        )
+    strategy = trainer.strategy
+    if not isinstance(strategy, ResizableStrategy):
+        raise MisconfigurationException(
+            f"MultiLevelTraining changes the model's size in mid-training, which {type(strategy).__name__} cannot. "
+            'Use Trainer(strategy="resizable") for one device or "resizable_ddp" for several, after '
+            "`import lit_accel`."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, reason in _INCOMPATIBLE.items():
+            if isinstance(callback, kind):
+                raise MisconfigurationException(
+                    f"{type(callback).__name__} {reason}, and MultiLevelTraining changes the size of the model. "
+                    "Remove one of the two; to average or prune, do so in a second run on the final checkpoint."
+                )
+        if isinstance(callback, EarlyStopping):
+            rank_zero_warn(
+                "EarlyStopping beside MultiLevelTraining: the monitored value jumps when the size changes, and a "
+                "stop in a small phase leaves a small model. Set its patience longer than the longest phase."
+            )
+
+
+def check_optimizers(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    *,
+    optimizer_state: OptimizerStatePolicy,
+    learning_rate: LearningRatePolicy,
+    changes_lr: bool,
+) -> None:
+    """Check optimizers and schedulers, which exist only once training is about to start.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+        optimizer_state: What becomes of the optimizers' state.
+        learning_rate: What becomes of the learning rate.
+        changes_lr: Whether it depends on the phase.
+
+    Raises:
+        MisconfigurationException: If the policies do not fit what ``configure_optimizers`` returns.
+    """
+    require_all_optimized(pl_module, trainer.optimizers)
+    if len(trainer.optimizers) > 1 and trainer.max_epochs != -1:
+        raise MisconfigurationException(
+            "With several optimizers each of their steps counts, and the length of the run in epochs says "
+            "nothing of their number. Give the Trainer max_steps and max_epochs=-1."
+        )
+    if optimizer_state != "reset":
+        for optimizer in trainer.optimizers:
+            if type(optimizer) not in SUPPORTED_OPTIMIZERS:
+                supported = ", ".join(kind.__name__ for kind in SUPPORTED_OPTIMIZERS)
+                raise MisconfigurationException(
+                    f"optimizer_state={optimizer_state!r} can carry the state of {supported}, not of "
+                    f'{type(optimizer).__name__}. Use optimizer_state="reset".'
+                )
+    configs = trainer.lr_scheduler_configs
+    if learning_rate == "paper" and configs:
+        raise MisconfigurationException(
+            'learning_rate="paper" sets a schedule of its own in each phase, but configure_optimizers returns a '
+            f'{type(configs[0].scheduler).__name__} too. Remove it, or use learning_rate="continue".'
+        )
+    if changes_lr and any(config.reduce_on_plateau for config in configs):
+        raise MisconfigurationException(
+            "ReduceLROnPlateau cannot be combined with a learning rate that depends on the phase: the monitored "
+            'value jumps when the size changes. Use learning_rate="continue" with lr_scale 1, or another scheduler.'
+        )
