@@ -91,8 +91,8 @@ def load_corpus(folder: Path) -> Corpus | None:
 def build_corpus(folder: Path, source: TextSource, settings: CorpusSettings) -> None:
     """Encodes a corpus into `folder`, unless it is there already.
 
-    Reads the text two times, or three where a tokenizer is trained. Memory is bounded by the length of the longest
-    word, and not by that of the text, except that training a BPE counts the different words.
+    Reads the text two times, or three where a tokenizer is trained. Memory does not grow with the text, except that
+    training a BPE counts the different words.
 
     Args:
         folder: Where to; see `corpus_folder`.

@@ -229,10 +229,10 @@ class TextDataModule(L.LightningDataModule):
         return self.val_dataloader()
 
     # Resuming. torchdata's StatefulDataLoader was tried first, with a checkpoint at every batch, validation and end of
-    # epoch (torchdata 0.11, Lightning 2.6). It is not exact in three cases: one written after the last batch of an
-    # epoch restores an exhausted iterator, which costs a whole epoch; with `max_steps`, so does one written at the end
-    # of an epoch; and with workers the first batches after a resume are prefetched in the order of epoch 0, because
-    # Lightning makes the iterator before it calls `set_epoch`. So the position is worked out from the number of
+    # epoch (torchdata 0.11, Lightning 2.6). It goes on with other batches in three cases: one written after the last
+    # batch of an epoch restores an exhausted iterator, which costs a whole epoch; one written at the end of an epoch
+    # under `max_steps`; and with workers, one at or just after the end of an epoch, because Lightning makes the
+    # iterator, which prefetches, before it calls `set_epoch`. So the position is worked out from the number of
     # batches that Lightning has trained on, and the sampler is there before any iterator is made.
 
     def state_dict(self) -> dict[str, Any]:
