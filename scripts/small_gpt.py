@@ -142,7 +142,7 @@ class Setup:
             strategy="resizable" if method is not None else "auto",
             precision="bf16-mixed",
             max_steps=num_steps,
-            max_epochs=1000,
+            max_epochs=-1,
             val_check_interval=num_steps // self.num_evaluations,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,

@@ -128,6 +128,6 @@ def find_transformer(module: nn.Module) -> tuple[str, nn.Module]:
         )
     children = ", ".join(f"{name} ({type(child).__name__})" for name, child in module.named_children()) or "nothing"
     raise _unknown(
-        f"No transformer with a registered anatomy is inside {type(module).__name__}; it holds {children}. "
-        "It must be there when training begins: build it in __init__ or configure_model."
+        f"No transformer with a registered anatomy is inside {type(module).__name__}; it holds {children}."
+        + ("" if children != "nothing" else " Build it in __init__ or configure_model.")
     )

@@ -166,6 +166,8 @@ def test_a_scheduler_beside_the_papers_schedule(tmp_path):
         ({"alpha": 0.5, "coarse": 1.0}, "either it alone"),
         ({"alpha": 2.0}, "between 0 and 1"),
         ({"levels": []}, "at least one smaller level"),
+        ({"levels": [Level(1, 1)]}, "no smaller than"),
+        ({"levels": [(2, 2)]}, "is no Level"),
         ({"num_rewarm_steps": 0}, "at least 1"),
         ({"learning_rate": "warm"}, "'continue', 'rewarm', 'paper'"),
         ({"optimizer_state": "keep"}, "'reset', 'project', 'second_moment'"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args
 
 import lightning.pytorch as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -48,6 +49,7 @@ from lit_accel.resizing import (
 )
 
 _STATE_VERSION = 1
+_Part = TypeVar("_Part", Level, Phase)
 
 
 class MultiLevelTraining(L.Callback):
@@ -113,10 +115,13 @@ class MultiLevelTraining(L.Callback):
             if value is not None and value not in get_args(allowed):
                 raise ValueError(f"{argument} is {value!r}; allowed are {', '.join(map(repr, get_args(allowed)))}.")
         chosen = PRESETS[preset]
-        self.levels = [Level()] if levels is None else list(levels)
+        # Mappings, as YAML writes them, will do in Python too.
+        self.levels = [Level()] if levels is None else [_as(Level, level) for level in levels]
         if not self.levels:
             raise ValueError("levels is empty; give at least one smaller level.")
-        self.phases = v_cycle(len(self.levels)) if phases is None else list(phases)
+        if flat := [level for level in self.levels if level.width == level.depth == 1]:
+            raise ValueError(f"{flat[0]} is no smaller than the level above it; give a width or depth of at least 2.")
+        self.phases = v_cycle(len(self.levels)) if phases is None else [_as(Phase, phase) for phase in phases]
         self.interpolation = _interpolation(chosen.interpolation, alpha, coarse, fine)
         self.depth_mode = depth_mode or chosen.depth_mode
         self.width_grouping = width_grouping
@@ -429,6 +434,14 @@ class MultiLevelTraining(L.Callback):
                 f"The checkpoint was trained with the phases (level, first step, end) {saved}; this run has {present}, "
                 "and follows those."
             )
+
+
+def _as(kind: type[_Part], value: Any) -> _Part:
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, Mapping):
+        return kind(**value)
+    raise ValueError(f"{value!r} is no {kind.__name__}; write {kind.__name__}(...), or a mapping of its fields.")
 
 
 def _interpolation(
