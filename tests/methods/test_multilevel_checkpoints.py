@@ -128,6 +128,15 @@ def test_other_maps_than_the_stored_weights_were_made_with(tmp_path, change):
         trainer.fit(TinyModule(), loader(num_samples=8), ckpt_path=tmp_path / "small.ckpt")
 
 
+def test_other_rules_than_before_are_warned_about(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES), StopAt(6)], max_epochs=12)
+    trainer.fit(TinyModule(), loader(num_samples=8))
+    trainer.save_checkpoint(tmp_path / "small.ckpt")
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES, alpha=0.5)], max_epochs=12)
+    with pytest.warns(UserWarning, match="was trained with .*'coarse': 1.0"):
+        trainer.fit(TinyModule(), loader(num_samples=8), ckpt_path=tmp_path / "small.ckpt")
+
+
 def test_phases_among_hyper_parameters_can_be_read_back(tmp_path):
     class Module(MultiLevelMixin, TinyModule):
         def __init__(self, **kwargs):

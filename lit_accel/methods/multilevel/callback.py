@@ -392,12 +392,21 @@ class MultiLevelTraining(L.Callback):
         return {
             "version": _STATE_VERSION,
             "maps": self._map_settings(),
+            "rules": self._rules(),
             "schedule": [[phase.level, phase.start, phase.end] for phase in self.schedule],
             "stored": {level: dict(state) for level, state in self._stored.items()},
             "stored_moments": {
                 level: {name: dict(entry) for name, entry in state.items()}
                 for level, state in self._stored_moments.items()
             },
+        }
+
+    def _rules(self) -> dict[str, Any]:
+        return {
+            "coarse": self.interpolation.coarse,
+            "fine": self.interpolation.fine,
+            "optimizer_state": self.optimizer_state,
+            "learning_rate": self.learning_rate,
         }
 
     def _map_settings(self) -> dict[str, Any]:
@@ -409,7 +418,7 @@ class MultiLevelTraining(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up stored weights; warn if the phases have changed since.
+        """Take up stored weights; warn if phases or rules have changed since.
 
         Raises:
             MisconfigurationException: If the levels are merged in another way than the stored weights were, or a newer
@@ -424,6 +433,11 @@ class MultiLevelTraining(L.Callback):
             raise MisconfigurationException(
                 f"The checkpoint's small model was coalesced with {state_dict['maps']}; this run has "
                 f"{self._map_settings()} and could not grow it back. Resume with the same settings."
+            )
+        if state_dict["rules"] != self._rules():
+            rank_zero_warn(
+                f"The checkpoint was trained with {state_dict['rules']}; this run has {self._rules()}, "
+                "and follows those."
             )
         self._stored = {int(level): dict(state) for level, state in state_dict["stored"].items()}
         self._stored_moments = {int(level): dict(state) for level, state in state_dict["stored_moments"].items()}
