@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import lightning.pytorch as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -26,19 +25,20 @@ from lit_accel.methods.multilevel.moments import (
     merge_optimizer_state,
     project_optimizer_state,
 )
-from lit_accel.methods.multilevel.operators import Interpolation, coalesce, interpolate, load_parameters
+from lit_accel.methods.multilevel.operators import coalesce, interpolate, load_parameters
 from lit_accel.methods.multilevel.phases import (
     LearningRatePolicy,
     Level,
     Phase,
     ResolvedPhase,
+    as_part,
     lr_factor,
     phase_at,
     rehearse_phases,
     resolve_phases,
     v_cycle,
 )
-from lit_accel.methods.multilevel.presets import PRESETS, PresetName
+from lit_accel.methods.multilevel.presets import PRESETS, PresetName, override_interpolation
 from lit_accel.methods.multilevel.refusals import check_model, check_optimizers, check_trainer
 from lit_accel.resizing import (
     OptimizerState,
@@ -49,7 +49,6 @@ from lit_accel.resizing import (
 )
 
 _STATE_VERSION = 1
-_Part = TypeVar("_Part", Level, Phase)
 
 
 class MultiLevelTraining(L.Callback):
@@ -116,13 +115,13 @@ class MultiLevelTraining(L.Callback):
                 raise ValueError(f"{argument} is {value!r}; allowed are {', '.join(map(repr, get_args(allowed)))}.")
         chosen = PRESETS[preset]
         # Mappings, as YAML writes them, will do in Python too.
-        self.levels = [Level()] if levels is None else [_as(Level, level) for level in levels]
+        self.levels = [Level()] if levels is None else [as_part(Level, level) for level in levels]
         if not self.levels:
             raise ValueError("levels is empty; give at least one smaller level.")
         if flat := [level for level in self.levels if level.width == level.depth == 1]:
             raise ValueError(f"{flat[0]} is no smaller than the level above it; give a width or depth of at least 2.")
-        self.phases = v_cycle(len(self.levels)) if phases is None else [_as(Phase, phase) for phase in phases]
-        self.interpolation = _interpolation(chosen.interpolation, alpha, coarse, fine)
+        self.phases = v_cycle(len(self.levels)) if phases is None else [as_part(Phase, phase) for phase in phases]
+        self.interpolation = override_interpolation(chosen.interpolation, alpha, coarse, fine)
         self.depth_mode = depth_mode or chosen.depth_mode
         self.width_grouping = width_grouping
         self.depth_grouping = depth_grouping
@@ -448,24 +447,3 @@ class MultiLevelTraining(L.Callback):
                 f"The checkpoint was trained with the phases (level, first step, end) {saved}; this run has {present}, "
                 "and follows those."
             )
-
-
-def _as(kind: type[_Part], value: Any) -> _Part:
-    if isinstance(value, kind):
-        return value
-    if isinstance(value, Mapping):
-        return kind(**value)
-    raise ValueError(f"{value!r} is no {kind.__name__}; write {kind.__name__}(...), or a mapping of its fields.")
-
-
-def _interpolation(
-    default: Interpolation, alpha: float | None, coarse: float | None, fine: float | None
-) -> Interpolation:
-    if alpha is None:
-        return Interpolation(default.coarse if coarse is None else coarse, default.fine if fine is None else fine)
-    if coarse is not None or fine is not None:
-        raise ValueError(
-            f"alpha is {alpha}, coarse is {coarse} and fine is {fine}; alpha stands for both coefficients, so give "
-            "either it alone or coarse and fine."
-        )
-    return Interpolation.of_alpha(alpha)

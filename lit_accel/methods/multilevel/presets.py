@@ -33,3 +33,21 @@ PRESETS: dict[PresetName, Preset] = {
     # Growth changes nothing that the model computes. Copies stay copies unless dropout tells them apart.
     "exact": Preset(Interpolation.of_alpha(1.0), "zero", "project", "continue"),
 }
+
+
+def override_interpolation(
+    default: Interpolation, alpha: float | None, coarse: float | None, fine: float | None
+) -> Interpolation:
+    """Return a preset's interpolation with what the user gave in its place.
+
+    Raises:
+        ValueError: If ``alpha`` is given together with one of the coefficients that it stands for.
+    """
+    if alpha is None:
+        return Interpolation(default.coarse if coarse is None else coarse, default.fine if fine is None else fine)
+    if coarse is not None or fine is not None:
+        raise ValueError(
+            f"alpha is {alpha}, coarse is {coarse} and fine is {fine}; alpha stands for both coefficients, so give "
+            "either it alone or coarse and fine."
+        )
+    return Interpolation.of_alpha(alpha)
