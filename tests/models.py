@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 from torch import nn
+
+from tests.vision import VISION_ZOO, images, make_vision_module
 
 transformers.logging.set_verbosity_error()
 
@@ -19,6 +23,8 @@ ZOO: dict[str, tuple[str, dict]] = {
     "bert-base": ("BertModel", {}),
     "bert-pretraining": ("BertForPreTraining", {}),
     "bert-classifier": ("BertForSequenceClassification", {"num_labels": 3}),
+    "roberta-mlm": ("RobertaForMaskedLM", {}),
+    "roberta-classifier": ("RobertaForSequenceClassification", {"num_labels": 3}),
     "llama": ("LlamaForCausalLM", {"kv_heads": 12}),
     "llama-gqa": ("LlamaForCausalLM", {"kv_heads": 6}),
     "llama-gqa-tied": ("LlamaForCausalLM", {"kv_heads": 6, "tie_word_embeddings": True}),
@@ -28,6 +34,8 @@ ZOO: dict[str, tuple[str, dict]] = {
     "qwen2-tied": ("Qwen2ForCausalLM", {"kv_heads": 6, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", {"kv_heads": 6, "head_dim": 6}),
 }
+
+ALL_MODELS = sorted([*ZOO, *VISION_ZOO])
 
 
 def make_config(
@@ -70,23 +78,31 @@ def make_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, 
     """Build a model of the zoo in eval mode, every parameter away from its initial value."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = getattr(transformers, ZOO[name][0])(make_config(name, **size)).to(dtype).eval()
+        if name in VISION_ZOO:
+            model = make_vision_module(name, **{"heads": 12, "head_dim": 4, "ffn": 96, "blocks": 12, **size})
+        else:
+            model = getattr(transformers, ZOO[name][0])(make_config(name, **size))
+        model = model.to(dtype).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
 
-def tokens(model: nn.Module, batch: int = 2, length: int = 11, seed: int = 1) -> torch.Tensor:
-    """Draw token ids for a model, none of them padding."""
+def tokens(model: Any, batch: int = 2, length: int = 11, seed: int = 1) -> torch.Tensor:
+    """Draw token ids for a model, none of them padding; images for a vision model."""
+    if not hasattr(model, "config"):
+        return images(model, batch, seed)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, model.config.vocab_size, (batch, length), generator=generator)
 
 
-def outputs(model: nn.Module, input_ids: torch.Tensor) -> list[torch.Tensor]:
+def outputs(model: Any, inputs: torch.Tensor) -> list[torch.Tensor]:
     """Return the floating-point outputs of a model: logits, or hidden states of a base model."""
     with torch.no_grad():
-        result = model(input_ids=input_ids)
+        if not hasattr(model, "config"):
+            return [model(inputs)]
+        result = model(input_ids=inputs)
     return [value for value in result.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
 
 

@@ -1,7 +1,7 @@
 """What a model is made of: residual blocks, named axes, tied parameters. One file a family, as data."""
 
 # Importing a family registers it; none of them imports its model library.
-from lit_accel.anatomy import bert, gpt2, llama  # noqa: F401
+from lit_accel.anatomy import bert, gpt2, llama, roberta, swin_v2, vit  # noqa: F401
 from lit_accel.anatomy.axes import Axis, Dim, parse_layout
 from lit_accel.anatomy.base import Anatomy, AnatomyError, Attention, Block, ParameterLayout, Size
 from lit_accel.anatomy.build import (

@@ -12,6 +12,14 @@ from torch import nn
 from lit_accel.anatomy.axes import Axis, Dim
 
 Residual = Literal["pre_norm", "post_norm", "res_post_norm"]
+Rows = Callable[[int, int], int]
+"""How many rows pass through a place of a model in one call, from the number of sequences and of tokens of each."""
+
+SEQUENCE_PLACES: Mapping[str, Rows] = {
+    "token": lambda num_sequences, num_tokens: num_sequences * num_tokens,
+    "sequence": lambda num_sequences, num_tokens: num_sequences,
+}
+"""The places of a model whose blocks all work on the tokens that it is called with."""
 
 
 class AnatomyError(ValueError):
@@ -27,12 +35,16 @@ class Attention:
         head_dim: The axis of one head's features.
         causal: Whether a token attends only to itself and to earlier ones.
         window: How many tokens back a token sees, itself included; ``None`` for all.
+        tile: Where tokens attend to each other within disjoint groups, the tokens of a group; ``None`` for one group.
+        place: Where the tokens are that attend: with their padding to whole tiles, which is computed like the rest.
     """
 
     heads: tuple[str, ...]
     head_dim: str
     causal: bool
     window: int | None = None
+    tile: int | None = None
+    place: str = "token"
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Block:
         token_dims: For each argument of the block's forward that has token axes, which dimensions these are.
         branch_outputs: The parameters, named within the block, that are last in a residual branch: scaling
             them scales what the branch adds.
+        place: Where the block's tokens are, one of :attr:`Anatomy.places`.
     """
 
     path: str
@@ -56,6 +69,7 @@ class Block:
     attention: Attention
     token_dims: Mapping[str, tuple[int, ...]]
     branch_outputs: frozenset[str]
+    place: str = "token"
 
 
 @dataclass(frozen=True)
@@ -67,14 +81,16 @@ class ParameterLayout:
         fold: An axis whose reduction factor this parameter carries. Where an embedding is tied to the head, the
             sum over ``embed`` in the logits grows with the width; the last norm before the head takes that
             factor, so that the tied table itself needs none.
-        applied: How often a matrix is applied: to every ``token``, once a ``sequence``, or never as a product
-            (``lookup``).
+        place: Where a matrix is applied, one of :attr:`Anatomy.places`: to every ``token``, once a ``sequence``.
+        reads_data: Whether a matrix is applied to something that no gradient is computed for, such as an image: its
+            backward pass is then one product instead of two.
         block: The index of the block it belongs to, or ``None``.
     """
 
     dims: tuple[Dim, ...]
     fold: str | None = None
-    applied: Literal["token", "sequence", "lookup"] = "token"
+    place: str = "token"
+    reads_data: bool = False
     block: int | None = None
 
     def shape(self, axes: Mapping[str, int]) -> tuple[int, ...]:
@@ -88,7 +104,7 @@ class ParameterLayout:
     @property
     def is_matrix(self) -> bool:
         """Whether the parameter takes part in a matrix product."""
-        return self.applied != "lookup" and any(dim.is_input for dim in self.dims)
+        return any(dim.is_input for dim in self.dims)
 
 
 @dataclass(frozen=True)
@@ -126,6 +142,9 @@ class Anatomy:
         tied_heads: Parameters that are looked up as embeddings and, besides, applied to every token as a matrix.
         width_axes: What shrinks with the width. Each entry is divided by the factor; where it lists several
             axes, the first takes as much of the factor as divides it and the next takes the rest.
+        depth_unit: How many neighbouring blocks of a stage differ in kind and recur together, such as the plain and
+            the shifted one of Swin. Depth changes merge or copy whole units: blocks of one kind with each other.
+        places: The rows that a call brings to each place of the model.
         build: Builds a model of the same class at another size: ``build(model, size)``. Its parameters are
             not initialised.
         input_shape: ``(num_sequences, num_tokens)`` of a forward call, from its ``args`` and ``kwargs``.
@@ -140,6 +159,8 @@ class Anatomy:
     width_axes: tuple[tuple[str, ...], ...]
     build: Callable[[nn.Module, Size], nn.Module] = field(compare=False, repr=False)
     input_shape: Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[int, int]] = field(compare=False, repr=False)
+    depth_unit: int = 1
+    places: Mapping[str, Rows] = field(default_factory=lambda: SEQUENCE_PLACES, compare=False, repr=False)
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -196,8 +217,9 @@ class Anatomy:
         """Return the size after dividing width and depth.
 
         Args:
-            width: What to divide the width by; heads keep their ``head_dim``.
-            depth: What to divide the number of blocks by: one number, or one a stage.
+            width: What to divide the width by; heads keep their ``head_dim`` where their number can be divided.
+            depth: What to divide the number of blocks by. A sequence has one factor a stage. One number is for every
+                stage that it divides; where there are several stages, the others keep their depth.
 
         Raises:
             AnatomyError: If a size is no multiple of its divisor.
@@ -205,16 +227,33 @@ class Anatomy:
         axes = dict(self.size.axes)
         for axis, factor in self.width_factors(width).items():
             axes[axis] //= factor
-        factors = [depth] * len(self.size.depths) if isinstance(depth, int) else list(depth)
-        for stage, (num_blocks, factor) in enumerate(zip(self.size.depths, factors, strict=True)):
-            if num_blocks % factor:
-                where = f" of stage {stage}" if len(factors) > 1 else ""
+        return Size(axes, self._reduced_depths(depth))
+
+    def _reduced_depths(self, depth: int | Sequence[int]) -> tuple[int, ...]:
+        depths, unit = self.size.depths, self.depth_unit
+
+        def divides(factor: int, num_blocks: int) -> bool:
+            return factor == 1 or num_blocks % (factor * unit) == 0
+
+        if isinstance(depth, int):
+            factors = [depth if divides(depth, num_blocks) else 1 for num_blocks in depths]
+            fits = depth == 1 or any(factor > 1 for factor in factors)
+        else:
+            factors = list(depth)
+            if len(factors) != len(depths):
                 raise AnatomyError(
-                    f"The depth{where} of this {self.family} model, {num_blocks} blocks, cannot be divided by "
-                    f"{factor}. Choose a depth factor that divides it."
+                    f"The depth factors are {factors}, but this {self.family} model has {len(depths)} stages, of "
+                    f"{', '.join(map(str, depths))} blocks. Give one factor a stage, or one number."
                 )
-        depths = tuple(num // factor for num, factor in zip(self.size.depths, factors, strict=True))
-        return Size(axes, depths)
+            fits = all(map(divides, factors, depths))
+        if not fits:
+            blocks = f"{', '.join(map(str, depths))} blocks" + (" a stage" if len(depths) > 1 else "")
+            units = f", which are merged in units of {unit}" if unit > 1 else ""
+            raise AnatomyError(
+                f"The depth of this {self.family} model, {blocks}{units}, cannot be divided by {depth}. Choose a depth "
+                "factor that divides it, or 1."
+            )
+        return tuple(num // factor for num, factor in zip(depths, factors, strict=True))
 
     def at(self, size: Size) -> Anatomy:
         """Return the anatomy of the same model at another size, without building it.
@@ -222,12 +261,7 @@ class Anatomy:
         Blocks of a stage are alike, so each new block takes its description from the block of the same stage
         that stands at the same place in proportion.
         """
-        old_blocks = [[b for b in self.blocks if b.stage == stage] for stage in range(len(self.size.depths))]
-        sources = [
-            stage_blocks[index * len(stage_blocks) // depth]
-            for stage_blocks, depth in zip(old_blocks, size.depths, strict=True)
-            for index in range(depth)
-        ]
+        sources = [self.blocks[index] for index in self.block_sources(size.depths)]
         paths = _block_paths(self.blocks, size.depths)
         position = {block.path: index for index, block in enumerate(self.blocks)}
         parameters = {name: p for name, p in self.parameters.items() if p.block is None}
@@ -240,6 +274,22 @@ class Anatomy:
                 parameters[f"{path}.{local}"] = replace(layout, block=index)
         blocks = tuple(replace(source, path=path) for path, source in zip(paths, sources, strict=True))
         return replace(self, size=size, blocks=blocks, parameters=parameters)
+
+    def block_sources(self, depths: Sequence[int]) -> list[int]:
+        """Return, for each block of a model of other depths, the index of the present block that it is like.
+
+        It belongs to the same stage, is of the same kind, and stands at the same place in proportion.
+
+        Args:
+            depths: Number of blocks a stage.
+        """
+        sources, start = [], 0
+        for old, new in zip(self.size.depths, depths, strict=True):
+            unit = self.depth_unit if old != new else 1
+            num_old, num_new = old // unit, new // unit
+            sources += [start + i * num_old // num_new * unit + kind for i in range(num_new) for kind in range(unit)]
+            start += old
+        return sources
 
 
 def _block_paths(blocks: Sequence[Block], depths: Sequence[int]) -> list[str]:

@@ -33,7 +33,7 @@ def _resize(config: Any, size: Size) -> None:
     (config.num_hidden_layers,) = size.depths
 
 
-_FAMILY = HuggingFaceFamily(
+FAMILY = HuggingFaceFamily(
     name="bert",
     container="encoder.layer",
     block={
@@ -112,4 +112,4 @@ _CLASSES = (
 @register_anatomy("bert", [f"{_MODULE}.{name}" for name in _CLASSES])
 def describe(model: nn.Module) -> Anatomy:
     """Describe a BERT."""
-    return _FAMILY.describe(model)
+    return FAMILY.describe(model)

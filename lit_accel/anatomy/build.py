@@ -177,4 +177,8 @@ def _copy_checkpointing(old: nn.Module, new: nn.Module) -> None:
 
 def uses_activation_checkpointing(model: nn.Module) -> bool:
     """Whether the blocks of a model recompute their activations in the backward pass."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    return any(
+        getattr(module, name, False)
+        for module in model.modules()
+        for name in ("gradient_checkpointing", "grad_checkpointing")
+    )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from lit_accel.anatomy.axes import parse_layout
-from lit_accel.anatomy.base import Anatomy, AnatomyError, Attention, Block, ParameterLayout, Residual, Size
+from lit_accel.anatomy.base import Anatomy, AnatomyError, Attention, Block, Residual, Size
 from lit_accel.anatomy.build import build_without_init
+from lit_accel.anatomy.layouts import Entry, read_layouts, tied_groups
 
 
 @dataclass(frozen=True)
@@ -75,49 +75,26 @@ class HuggingFaceFamily:
             )
             for index in range(num_blocks)
         )
-        tied = _tied_groups(model)
-        tied_names = {name for group in tied for name in group}
+        tied = tied_groups(model)
         embedding = f"{prefix}{self.embedding}"
-        is_tied = embedding in tied_names
+        is_tied = any(embedding in group for group in tied)
 
-        parameters = {}
-        for name, parameter in model.named_parameters():
+        def entry_of(name: str) -> Entry | None:
             text, block = self._layout_text(name, prefix, container)
             if text is None:
-                raise AnatomyError(
-                    f"The parameter {name!r} {tuple(parameter.shape)} of {type(model).__name__} has no layout in the "
-                    f"family {self.name!r}. If the model was modified (adapters, extra heads), apply lit-accel before "
-                    "that; otherwise add its layout and register the class with "
-                    "lit_accel.anatomy.register_anatomy."
-                )
-            dims = parse_layout(text)
-            applied: Literal["token", "sequence", "lookup"] = "token"
-            if name in self.per_sequence:
-                applied = "sequence"
-            elif not any(dim.is_input for dim in dims):
-                applied = "lookup"
-            layout = ParameterLayout(
-                dims=dims,
-                fold="embed" if is_tied and name in self.fold else None,
-                applied=applied,
+                return None
+            return Entry(
+                layout=text,
                 block=block,
+                fold="embed" if is_tied and name in self.fold else None,
+                place="sequence" if name in self.per_sequence else "token",
             )
-            if layout.shape(axes) != tuple(parameter.shape):
-                raise AnatomyError(
-                    f"The parameter {name!r} of {type(model).__name__} has the shape {tuple(parameter.shape)}, but its "
-                    f"layout {text!r} and the config give {layout.shape(axes)}. The config and the weights disagree."
-                )
-            parameters[name] = layout
+
+        parameters = read_layouts(model, self.name, axes, entry_of)
         if is_tied and not any(layout.fold for layout in parameters.values()):
             raise AnatomyError(
                 f"{type(model).__name__} ties its head to {embedding!r}, but none of {self.fold} is there to carry the "
                 "factor of a width change."
-            )
-        unknown_buffers = sorted(set(model.state_dict()) - set(parameters) - tied_names)
-        if unknown_buffers:
-            raise AnatomyError(
-                f"{type(model).__name__} keeps buffers in its state dict that the family {self.name!r} knows nothing "
-                f"of: {', '.join(unknown_buffers)}."
             )
         return Anatomy(
             family=self.name,
@@ -164,13 +141,6 @@ def resized_layer_types(config: Any, num_blocks: int) -> None:
             "cannot be changed by merging them. Use depth factor 1."
         )
     config.layer_types = [layer_types[0]] * num_blocks
-
-
-def _tied_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return tuple(tuple(group) for group in names.values() if len(group) > 1)
 
 
 def _input_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:

@@ -5,7 +5,8 @@ The convention, everywhere in lit-accel:
 - One multiply-add is 2 FLOPs.
 - Counted: every matrix product with a parameter, tied heads included, and attention scores and values.
 - Not counted: embedding look-ups, norms, softmax, activations, positional encodings and the optimizer.
-- Backward costs twice the forward: one product for the gradient of the input, one for that of the weight.
+- Backward costs twice the forward: one product for the gradient of the input, one for that of the weight. Only the
+  latter where the input is data, such as the patches of an image.
   Activation checkpointing repeats the forward pass of the blocks once. (PyTorch leaves the repetition early, once it
   has all that it needs: where a block ends in a projection and an addition, it spares that projection.)
 
@@ -50,8 +51,10 @@ def attention_pairs(attention: Attention, num_tokens: int, counted: CountedPairs
         num_tokens: Tokens of the sequence.
         counted: ``"exact"`` counts the pairs that the mask allows: T(T+1)/2 for a causal one, fewer with a sliding
             window. ``"full"`` counts all T² of them, which is what a kernel that masks after the product spends
-            and what most published FLOPs contain.
+            and what most published FLOPs contain. Where tokens attend within tiles, both are all pairs of each tile.
     """
+    if attention.tile is not None:
+        return num_tokens * attention.tile
     if counted == "full":
         return num_tokens**2
     window = num_tokens if attention.window is None else min(attention.window, num_tokens)
@@ -75,25 +78,34 @@ def forward_flops(anatomy: Anatomy, num_sequences: int, num_tokens: int, *, atte
     Returns:
         The FLOPs of each block and of what is outside of the blocks.
     """
+    return _count(anatomy, num_sequences, num_tokens, attention)[0]
+
+
+def _count(anatomy: Anatomy, num_sequences: int, num_tokens: int, counted: CountedPairs) -> tuple[Flops, Flops]:
+    """Return the forward FLOPs, and those among them of matrices whose input needs no gradient."""
     axes = anatomy.size.axes
-    blocks = [0] * len(anatomy.blocks)
-    outside_blocks = sum(
-        2 * num_sequences * num_tokens * anatomy.parameters[name].numel(axes) for name in anatomy.tied_heads
-    )
+    rows = {place: count(num_sequences, num_tokens) for place, count in anatomy.places.items()}
+    blocks, data_blocks = [0] * len(anatomy.blocks), [0] * len(anatomy.blocks)
+    outside, data_outside = 0, 0
+    for name in anatomy.tied_heads:
+        outside += 2 * rows["token"] * anatomy.parameters[name].numel(axes)
     for layout in anatomy.parameters.values():
         if not layout.is_matrix:
             continue
-        num_rows = num_sequences * (num_tokens if layout.applied == "token" else 1)
-        flops = 2 * num_rows * layout.numel(axes)
+        flops = 2 * rows[layout.place] * layout.numel(axes)
+        of_data = flops if layout.reads_data else 0
         if layout.block is None:
-            outside_blocks += flops
+            outside += flops
+            data_outside += of_data
         else:
             blocks[layout.block] += flops
+            data_blocks[layout.block] += of_data
     for index, block in enumerate(anatomy.blocks):
         width = math.prod(axes[axis] for axis in block.attention.heads) * axes[block.attention.head_dim]
+        num_attending = anatomy.places[block.attention.place](1, num_tokens)
         # Scores and values: two products of the same size.
-        blocks[index] += 2 * 2 * num_sequences * width * attention_pairs(block.attention, num_tokens, attention)
-    return Flops(tuple(blocks), outside_blocks)
+        blocks[index] += 2 * 2 * num_sequences * width * attention_pairs(block.attention, num_attending, counted)
+    return Flops(tuple(blocks), outside), Flops(tuple(data_blocks), data_outside)
 
 
 def training_flops(
@@ -116,6 +128,9 @@ def training_flops(
     Returns:
         The FLOPs of each block and of what is outside of the blocks.
     """
-    forward = forward_flops(anatomy, num_sequences, num_tokens, attention=attention)
+    forward, of_data = _count(anatomy, num_sequences, num_tokens, attention)
     block_passes = 4 if activation_checkpointing else 3
-    return Flops(tuple(block_passes * flops for flops in forward.blocks), 3 * forward.outside_blocks)
+    return Flops(
+        tuple(block_passes * all_ - data for all_, data in zip(forward.blocks, of_data.blocks, strict=True)),
+        3 * forward.outside_blocks - of_data.outside_blocks,
+    )

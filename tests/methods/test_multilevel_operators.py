@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from lit_accel.anatomy import AnatomyError, anatomy_of, build_resized
 from lit_accel.methods.multilevel import Interpolation, coalesce, decoalesce, interpolate, level_map
-from tests.models import ZOO, make_model, outputs, relative_error, tokens
+from tests.models import ALL_MODELS, make_model, outputs, relative_error, tokens
 
-DECODERS = [name for name in ZOO if "bert" not in name]
+NOT_POST_NORM = [name for name in ALL_MODELS if "bert" not in name]
 
 
 def small_and_map(name, *, width=2, depth=1, dtype=torch.float64, **options):
@@ -32,7 +32,7 @@ def parameters(model):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.sampled_from(sorted(ZOO)),
+    name=st.sampled_from(ALL_MODELS),
     factor=st.sampled_from([2, 3, 4]),
     depth_factor=st.sampled_from([1, 2, 3, 4]),
     width_grouping=st.sampled_from(["block", "adjacent"]),
@@ -70,7 +70,7 @@ def test_coalescing_undoes_decoalescing(
         assert (back[key] - value).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", ALL_MODELS)
 @pytest.mark.parametrize("factor", [2, 3])
 @pytest.mark.parametrize("grouping", ["block", "adjacent"])
 def test_growing_the_width_preserves_the_function(name, factor, grouping):
@@ -93,7 +93,7 @@ def test_growing_the_width_preserves_the_function_in_single_precision(name):
         assert relative_error(actual, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", NOT_POST_NORM)
 @pytest.mark.parametrize("grouping", ["adjacent", "stack"])
 def test_growing_the_depth_by_empty_branches_preserves_the_function(name, grouping):
     small, lm = small_and_map(name, width=1, depth=3, depth_mode="zero", depth_grouping=grouping)
@@ -136,7 +136,7 @@ def test_an_unknown_grouping_is_refused():
         level_map(anatomy_of(make_model("gpt2-tied")), width_grouping="random")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", ALL_MODELS)
 @pytest.mark.parametrize(("coarse", "fine"), [(0.25, 0.25), (0.5, 0.5), (1.0, 0.0), (1.0, 0.5), (0.3, 0.8)])
 def test_interpolation_replaces_the_coarse_part_and_shrinks_the_fine_one(name, coarse, fine):
     large = make_model(name)
@@ -150,7 +150,7 @@ def test_interpolation_replaces_the_coarse_part_and_shrinks_the_fine_one(name, c
         torch.testing.assert_close(merged[key], grown[key] + (1 - fine) * (value - smooth[key]), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", ALL_MODELS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_ends_of_interpolation_are_bitwise(name, dtype):
     large = make_model(name, dtype=dtype)
@@ -171,7 +171,7 @@ def test_a_share_outside_of_the_unit_interval_is_refused(value):
         Interpolation.of_alpha(value)
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_operators_are_adjoint_pairs(name):
     large = make_model(name)
     for mode in ("avg", "ode", "zero") if "bert" not in name else ("avg", "ode"):

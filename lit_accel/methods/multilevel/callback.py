@@ -118,7 +118,7 @@ class MultiLevelTraining(L.Callback):
         self.levels = [Level()] if levels is None else [as_part(Level, level) for level in levels]
         if not self.levels:
             raise ValueError("levels is empty; give at least one smaller level.")
-        if flat := [level for level in self.levels if level.width == level.depth == 1]:
+        if flat := [level for level in self.levels if level.width == 1 and not _reduces_depth(level)]:
             raise ValueError(f"{flat[0]} is no smaller than the level above it; give a width or depth of at least 2.")
         self.phases = v_cycle(len(self.levels)) if phases is None else [as_part(Phase, phase) for phase in phases]
         self.interpolation = override_interpolation(chosen.interpolation, alpha, coarse, fine)
@@ -447,3 +447,7 @@ class MultiLevelTraining(L.Callback):
                 f"The checkpoint was trained with the phases (level, first step, end) {saved}; this run has {present}, "
                 "and follows those."
             )
+
+
+def _reduces_depth(level: Level) -> bool:
+    return level.depth != 1 if isinstance(level.depth, int) else any(factor != 1 for factor in level.depth)

@@ -188,14 +188,20 @@ class LevelMap:
         stage = target.blocks[index].stage
         target_start = sum(target.size.depths[:stage])
         source_start = sum(source.size.depths[:stage])
-        num_small = self.small.size.depths[stage]
-        factor = self.large.size.depths[stage] // num_small
-        local = index - target_start
-        if not contracts:
-            return [source_start + (local // factor if self.depth_grouping == "adjacent" else local % num_small)]
-        if self.depth_grouping == "adjacent":
-            return [source_start + local * factor + offset for offset in range(factor)]
-        return [source_start + local + offset * num_small for offset in range(factor)]
+        num_large, num_small = self.large.size.depths[stage], self.small.size.depths[stage]
+        factor = num_large // num_small
+        if factor == 1:
+            return [source_start + index - target_start]
+        # Whole units are grouped; within them, blocks meet those of their own kind.
+        unit = self.large.depth_unit
+        position, kind = divmod(index - target_start, unit)
+        num_groups = num_small // unit
+        if contracts:
+            step = (factor, 1) if self.depth_grouping == "adjacent" else (1, num_groups)
+            positions = [position * step[0] + member * step[1] for member in range(factor)]
+        else:
+            positions = [position // factor if self.depth_grouping == "adjacent" else position % num_groups]
+        return [source_start + position * unit + kind for position in positions]
 
     def _depth(
         self, name: str, tensors: Sequence[Tensor], operator: Operator, compute: torch.dtype
@@ -247,7 +253,8 @@ def level_map(
         large: The anatomy of the larger level.
         width: What to divide embedding, heads and feed-forward width by; 1 keeps the width. Heads keep their
             ``head_dim``.
-        depth: What to divide the number of blocks by: one number or one a stage; 1 keeps the depth.
+        depth: What to divide the number of blocks by: one number, for all stages that it divides, or one a stage;
+            1 keeps the depth.
         width_grouping: See :class:`LevelMap`.
         depth_grouping: See :class:`LevelMap`.
         depth_mode: See :class:`LevelMap`.

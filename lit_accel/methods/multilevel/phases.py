@@ -17,11 +17,11 @@ class Level:
 
     Args:
         width: What the width (embedding, heads, feed-forward) is divided by.
-        depth: What the number of blocks is divided by.
+        depth: What the number of blocks is divided by: one number, for all stages that it divides, or one a stage.
     """
 
     width: int = 2
-    depth: int = 2
+    depth: int | list[int] = 2
 
 
 @dataclass

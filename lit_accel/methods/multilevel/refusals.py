@@ -60,11 +60,11 @@ def check_model(
                 f"{path} and would untie it from what is outside. Use the model's own class with a "
                 "tied head, such as GPT2LMHeadModel."
             )
-        width = maps[0].large.size.axes["embed"]
-        if maps[-1].small.size.axes["embed"] != width and width in parameter.shape:
+        widths = _narrowed_widths(maps)
+        if width := widths & set(parameter.shape):
             rank_zero_warn(
                 f"{name} {tuple(parameter.shape)} lies outside of {path} and may be as wide as its "
-                f"hidden states ({width}), which become narrower. It is not resized: use the model's own "
+                f"hidden states ({width.pop()}), which become narrower. It is not resized: use the model's own "
                 "class with a head, or width 1 in every level."
             )
     if loses_compilation(transformer, anatomy):
@@ -72,6 +72,12 @@ def check_model(
             "A resize keeps only what lit_accel.anatomy.compile_blocks(model, ...) has compiled: another "
             "compilation of the model or its blocks, or its options, would be lost."
         )
+
+
+def _narrowed_widths(maps: list[LevelMap]) -> set[int]:
+    """Return the widths of hidden states, ``embed`` or one a stage, that some level reduces."""
+    large, small = maps[0].large.size.axes, maps[-1].small.size.axes
+    return {size for axis, size in large.items() if axis.startswith("embed") and small[axis] != size}
 
 
 def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, *, changes_lr: bool) -> None:

@@ -1,0 +1,86 @@
+"""Holding a table of layouts against a model: every parameter must be claimed, with the shape that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from lit_accel.anatomy.axes import parse_layout
+from lit_accel.anatomy.base import AnatomyError, ParameterLayout
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a family's table says of one parameter.
+
+    Args:
+        layout: Its dimensions, as :func:`~lit_accel.anatomy.axes.parse_layout` reads them.
+        block: See :class:`~lit_accel.anatomy.base.ParameterLayout`, as for all that follow.
+        fold: See there.
+        place: See there.
+        reads_data: See there.
+    """
+
+    layout: str
+    block: int | None = None
+    fold: str | None = None
+    place: str = "token"
+    reads_data: bool = False
+
+
+def read_layouts(
+    model: nn.Module, family: str, axes: Mapping[str, int], entry_of: Callable[[str], Entry | None]
+) -> dict[str, ParameterLayout]:
+    """Return the layout of every parameter of a model.
+
+    Args:
+        model: The model.
+        family: The family's name, for messages.
+        axes: The axis sizes.
+        entry_of: Returns the table's entry for a parameter's name, or ``None``.
+
+    Raises:
+        AnatomyError: If a parameter or a saved buffer has no entry, or a parameter has another shape than its layout
+            says.
+    """
+    layouts = {}
+    for name, parameter in model.named_parameters():
+        entry = entry_of(name)
+        if entry is None:
+            raise AnatomyError(
+                f"The parameter {name!r} {tuple(parameter.shape)} of {type(model).__name__} has no layout in the "
+                f"family {family!r}. If the model was modified (adapters, extra heads), apply lit-accel before "
+                "that; otherwise add its layout and register the class with "
+                "lit_accel.anatomy.register_anatomy."
+            )
+        layout = ParameterLayout(
+            dims=parse_layout(entry.layout),
+            fold=entry.fold,
+            place=entry.place,
+            reads_data=entry.reads_data,
+            block=entry.block,
+        )
+        if layout.shape(axes) != tuple(parameter.shape):
+            raise AnatomyError(
+                f"The parameter {name!r} of {type(model).__name__} has the shape {tuple(parameter.shape)}, but its "
+                f"layout {entry.layout!r} and the config give {layout.shape(axes)}. The config and the weights "
+                "disagree."
+            )
+        layouts[name] = layout
+    tied = {name for group in tied_groups(model) for name in group}
+    if unknown := sorted(set(model.state_dict()) - set(layouts) - tied):
+        raise AnatomyError(
+            f"{type(model).__name__} keeps buffers in its state dict that the family {family!r} knows nothing "
+            f"of: {', '.join(unknown)}."
+        )
+    return layouts
+
+
+def tied_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of names that are one parameter."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
