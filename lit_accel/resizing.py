@@ -60,6 +60,16 @@ def full_size(module: nn.Module) -> Size:
     return getattr(module, _FULL_SIZE, present)
 
 
+def set_full_size(module: nn.Module, size: Size) -> None:
+    """Say how large the full model is, where it is not what the module was built with.
+
+    Args:
+        module: The LightningModule.
+        size: The size of the full model.
+    """
+    setattr(module, _FULL_SIZE, size)
+
+
 def prepare_module(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Make a LightningModule ready to be resized: its model is built, its checkpoints say their size.
 
@@ -83,7 +93,7 @@ def prepare_module(trainer: L.Trainer, module: L.LightningModule) -> None:
             strategy.precision_plugin.module_init_context(),
         ):
             module.configure_model()
-    setattr(module, _FULL_SIZE, full_size(module))
+    set_full_size(module, full_size(module))
     ensure_resizable(module)
 
 
@@ -131,12 +141,15 @@ def record_size(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     }
 
 
-def rebuild_recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Rebuild the transformer inside ``module`` at the size that a checkpoint was written at.
+def recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> Size | None:
+    """Return the size that a checkpoint was written at, and take up what it says of the full size.
 
     Args:
-        module: The LightningModule, before its weights are loaded.
-        checkpoint: The checkpoint; one that lit-accel has not written is left to load as it is.
+        module: The LightningModule that is to load it.
+        checkpoint: The checkpoint, or its metadata.
+
+    Returns:
+        The size, or ``None`` if the transformer inside ``module`` has it, or lit-accel has not written the checkpoint.
 
     Raises:
         AnatomyError: If the checkpoint holds another family, was written by a newer version, or differs in more
@@ -144,7 +157,7 @@ def rebuild_recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
     """
     record = checkpoint.get(CHECKPOINT_KEY)
     if record is None:
-        return
+        return None
     if record["version"] > CHECKPOINT_VERSION:
         raise AnatomyError(
             f"The checkpoint has format {record['version']} of lit-accel; this version reads up to "
@@ -159,7 +172,7 @@ def rebuild_recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
         )
     setattr(module, _FULL_SIZE, Size.from_state(record["full_size"]))
     if size == anatomy.size:
-        return
+        return None
     resizable = {axis for alternatives in anatomy.width_axes for axis in alternatives}
     fixed = {
         axis: (size.axes.get(axis), present)
@@ -172,6 +185,24 @@ def rebuild_recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
             f"The checkpoint's model differs from {path!r} in more than width and depth: {differences}. Build the "
             "module with the arguments that it was trained with."
         )
+    return size
+
+
+def rebuild_recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Rebuild the transformer inside ``module`` at the size that a checkpoint was written at.
+
+    Args:
+        module: The LightningModule, before its weights are loaded.
+        checkpoint: The checkpoint; one that lit-accel has not written is left to load as it is.
+
+    Raises:
+        AnatomyError: If :func:`recorded_size` refuses the checkpoint.
+    """
+    size = recorded_size(module, checkpoint)
+    if size is None:
+        return
+    path, transformer = find_transformer(module)
+    anatomy = anatomy_of(transformer)
     replace_transformer(module, path, build_resized(transformer, anatomy, size))
     rank_zero_info(
         f"lit-accel: the checkpoint was written at another size; {path} is now a {anatomy.family} with "

@@ -99,13 +99,14 @@ class ComputeLedger(Callback):
             self._phases = Phases()
             self._table_path = None
             prepare_module(trainer, pl_module)
-            self._dense = anatomy_of(find_transformer(pl_module)[1]).at(full_size(pl_module))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to watch and to measure."""
+        self._dense = anatomy_of(find_transformer(pl_module)[1]).at(full_size(pl_module))
         self._step = trainer.global_step
         self._interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._costs = {}
+        self._was_called = False
         self._observer = TransformerObserver(pl_module, self._on_forward)
         self._sets_flops_per_batch = not hasattr(pl_module, _FLOPS_PER_BATCH)
         self._set_batch_flops(0)
@@ -128,15 +129,18 @@ class ComputeLedger(Callback):
     ) -> None:
         """Close the batch; where an optimizer step is complete and due, log it and write a row."""
         self._in_batch = False
-        if not self._batch_flops and not self._has_warned:
-            self._has_warned = True
-            rank_zero_warn(
-                "ComputeLedger: the transformer was not called in this training batch, so nothing was counted. "
-                "Call the model itself; calls of its parts are not seen."
-            )
         phase = self._phases.list[-1]
         phase.seconds += self._stopwatch.lap()
         previous, self._step = self._step, trainer.global_step
+        if self._step > previous:
+            # Not by the batch: several may be computed as one.
+            if not self._was_called and not self._has_warned:
+                self._has_warned = True
+                rank_zero_warn(
+                    "ComputeLedger: the transformer was not called in this optimizer step, so nothing was counted. "
+                    "Call the model itself; calls of its parts are not seen."
+                )
+            self._was_called = False
         phase.steps += self._step - previous
         # Not "divisible by": with several optimizers one batch makes several steps.
         if self._interval and self._step // self._interval > previous // self._interval:
@@ -219,6 +223,7 @@ class ComputeLedger(Callback):
         # Not "if transformer.training": models of from_pretrained are in evaluation mode and train all the same.
         if not self._in_batch:
             return
+        self._was_called = True
         if self._phases.ends_with(anatomy):
             self._end_phase()
         self._phases.enter(anatomy)

@@ -159,7 +159,7 @@ def test_a_failed_growth_can_be_resumed(tmp_path, monkeypatch):
         raise MemoryError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lit_accel.methods.multilevel.callback.interpolate", out_of_memory)
+        patch.setattr("lit_accel.methods.multilevel.stored.interpolate", out_of_memory)
         with pytest.raises(MemoryError):
             trainer.fit(TinyModule(), loader(num_samples=8))
     trainer.save_checkpoint(tmp_path / "failed.ckpt")

@@ -9,23 +9,18 @@ import lightning.pytorch as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
 
 from lit_accel.anatomy import (
     Anatomy,
     AnatomyError,
+    Size,
     anatomy_of,
-    build_resized,
     find_transformer,
 )
 from lit_accel.methods.multilevel.learning_rate import apply_lr_factor, restore_scheduled_lr
-from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, LevelMap, WidthGrouping, level_map
-from lit_accel.methods.multilevel.moments import (
-    OptimizerStatePolicy,
-    merge_optimizer_state,
-    project_optimizer_state,
-)
-from lit_accel.methods.multilevel.operators import coalesce, interpolate, load_parameters
+from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, LevelMap, WidthGrouping, grown_size, level_map
+from lit_accel.methods.multilevel.micro_batches import MicroBatchMerger
+from lit_accel.methods.multilevel.moments import OptimizerStatePolicy
 from lit_accel.methods.multilevel.phases import (
     LearningRatePolicy,
     Level,
@@ -34,18 +29,26 @@ from lit_accel.methods.multilevel.phases import (
     as_part,
     lr_factor,
     phase_at,
+    reduces_depth,
     rehearse_phases,
     resolve_phases,
     v_cycle,
 )
 from lit_accel.methods.multilevel.presets import PRESETS, PresetName, override_interpolation
-from lit_accel.methods.multilevel.refusals import check_model, check_optimizers, check_trainer
+from lit_accel.methods.multilevel.refusals import (
+    check_merging,
+    check_model,
+    check_optimizers,
+    check_trainer,
+)
+from lit_accel.methods.multilevel.stored import StoredLevels
 from lit_accel.resizing import (
     OptimizerState,
     ResizableStrategy,
     full_size,
     prepare_module,
     replace_transformer,
+    set_full_size,
 )
 
 _STATE_VERSION = 1
@@ -79,6 +82,12 @@ class MultiLevelTraining(L.Callback):
             transition. ``paper``: a ramp in the first phase, a decay to zero in every later one; needs a module
             without a scheduler. Each phase's ``lr_scale`` multiplies it.
         num_rewarm_steps: Length of the ramp of ``rewarm``, in optimizer steps; default is 100.
+        start_level: The level of the model that the module comes with. Above 0 the run grows a small, trained model
+            into one that never existed: by default at its first step, later if ``phases`` say so. The arguments above
+            mean the same; only the stored model is a fresh one.
+        fresh_std: Standard deviation of the weights of that fresh model, of which the part remains that the small
+            model cannot express. It tells the copies of a grown model apart. Default is 0.02, with which GPT-2, BERT,
+            LLaMA and ViT are initialised.
 
     Raises:
         ValueError: If an argument is none of the allowed values.
@@ -102,6 +111,8 @@ class MultiLevelTraining(L.Callback):
         optimizer_state: OptimizerStatePolicy | None = None,
         learning_rate: LearningRatePolicy | None = None,
         num_rewarm_steps: int | None = None,
+        start_level: int = 0,
+        fresh_std: float | None = None,
     ) -> None:
         for argument, value, allowed in (
             ("preset", preset, PresetName),
@@ -118,10 +129,26 @@ class MultiLevelTraining(L.Callback):
         self.levels = [Level()] if levels is None else [as_part(Level, level) for level in levels]
         if not self.levels:
             raise ValueError("levels is empty; give at least one smaller level.")
-        if flat := [level for level in self.levels if level.width == 1 and not _reduces_depth(level)]:
+        if flat := [level for level in self.levels if level.width == 1 and not reduces_depth(level)]:
             raise ValueError(f"{flat[0]} is no smaller than the level above it; give a width or depth of at least 2.")
+        if not 0 <= start_level <= len(self.levels):
+            raise ValueError(f"start_level is {start_level}; levels are 0 (the full model) to {len(self.levels)}.")
+        if fresh_std is not None:
+            if fresh_std < 0:
+                raise ValueError(f"fresh_std is {fresh_std}; it is a standard deviation and must not be negative.")
+            if not start_level:
+                rank_zero_warn("fresh_std is ignored: it is for growth from a small model, start_level is 0.")
+        self.start_level = start_level
+        if phases is None and start_level:
+            phases = [Phase(0)]
         self.phases = v_cycle(len(self.levels)) if phases is None else [as_part(Phase, phase) for phase in phases]
         self.interpolation = override_interpolation(chosen.interpolation, alpha, coarse, fine)
+        if start_level and self.interpolation.coarse < 1:
+            raise ValueError(
+                f"coarse (or alpha) is {self.interpolation.coarse}, but with start_level {start_level} there is no "
+                "trained larger model to mix the small one with: what it has learned must be kept whole. Use preset "
+                '"correction" or "exact".'
+            )
         self.depth_mode = depth_mode or chosen.depth_mode
         self.width_grouping = width_grouping
         self.depth_grouping = depth_grouping
@@ -138,9 +165,9 @@ class MultiLevelTraining(L.Callback):
         self.maps: list[LevelMap] = []
         self._path = ""
         self._level = 0
-        # What the way up needs from the way down, by level.
-        self._stored: dict[int, dict[str, Tensor]] = {}
-        self._stored_moments: dict[int, OptimizerState] = {}
+        self._start_size: Size | None = None
+        self._stored = StoredLevels(self.interpolation, self.optimizer_state, 0.02 if fresh_std is None else fresh_std)
+        self._merger: MicroBatchMerger | None = None
 
     # Before training
 
@@ -149,14 +176,19 @@ class MultiLevelTraining(L.Callback):
         prepare_module(trainer, pl_module)
         self._path, transformer = find_transformer(pl_module)
         anatomy = anatomy_of(transformer)
+        if self.start_level and anatomy.size == (self._start_size or full_size(pl_module)):
+            self._start_size = anatomy.size
+            factors = [(level.width, level.depth) for level in self.levels[: self.start_level]]
+            set_full_size(pl_module, grown_size(anatomy, factors))
         self.maps = self.plan_levels(anatomy.at(full_size(pl_module)))
         if stage != "fit":
             return
         if trainer.global_step == 0:
             # What an earlier run of this callback has left; a checkpoint is loaded after this.
-            self._stored, self._stored_moments = {}, {}
+            self._stored.clear()
         self.schedule = ()
         check_trainer(trainer, pl_module, changes_lr=self._changes_lr)
+        check_merging(trainer, pl_module, [level.merge_batches for level in self.levels])
         check_model(pl_module, self._path, transformer, anatomy, self.maps)
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
@@ -230,13 +262,16 @@ class MultiLevelTraining(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the level that a checkpoint was written at, and the learning rate of the first step."""
         self._level = self._present_level(pl_module)
-        missing = [level for level in range(self._level) if level not in self._stored]
+        missing = [level for level in range(self.start_level, self._level) if level not in self._stored]
         if missing:
             raise MisconfigurationException(
                 f"The model is at level {self._level}, but the stored weights of level {missing[0]}, which it must "
                 "grow back into, are not in the checkpoint. Resume from a checkpoint that MultiLevelTraining wrote "
                 "(not a weights-only one), or load the small model for itself."
             )
+        if any(level.merge_batches > 1 for level in self.levels):
+            self._merger = MicroBatchMerger(trainer)
+            self._merger.num_merged = self._num_merged
         if self._changes_lr:
             scheduler_step = pl_module.lr_scheduler_step
 
@@ -250,6 +285,9 @@ class MultiLevelTraining(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave no hook behind."""
         vars(pl_module).pop("lr_scheduler_step", None)
+        if self._merger is not None:
+            self._merger.close()
+            self._merger = None
 
     def _present_level(self, pl_module: L.LightningModule) -> int:
         size = anatomy_of(find_transformer(pl_module)[1]).size
@@ -321,29 +359,28 @@ class MultiLevelTraining(L.Callback):
 
         def rebuild() -> None:
             transformer = find_transformer(pl_module)[1]
-            grown = self._shrink(transformer, step) if goes_down else self._grow(transformer, step, level)
-            replace_transformer(pl_module, self._path, grown)
+            new = (
+                self._stored.shrink(transformer, step, before)
+                if goes_down
+                else self._stored.grow(transformer, step, level)
+            )
+            replace_transformer(pl_module, self._path, new)
 
         def carry(state: OptimizerState) -> OptimizerState:
             prefix = f"{self._path}."
             old = {name.removeprefix(prefix): entry for name, entry in state.items() if name.startswith(prefix)}
             # What lies outside of the transformer keeps its size, and so its state.
             kept = {name: entry for name, entry in state.items() if not name.startswith(prefix)}
-            if goes_down and self._merges_moments:
-                self._stored_moments[before] = {
-                    name: {key: value.detach().cpu() for key, value in entry.items()} for name, entry in old.items()
-                }
-            new = project_optimizer_state(old, step, "down" if goes_down else "up", self.optimizer_state)
-            if not goes_down and level in self._stored_moments:
-                new = merge_optimizer_state(self._stored_moments[level], new, self.interpolation)
+            new = self._stored.carry(old, step, before=before, after=level)
             return {**kept, **{prefix + name: entry for name, entry in new.items()}}
 
         strategy.resize(rebuild, carry if self.optimizer_state != "reset" else None)
         self._level = level
         if not goes_down:
             # Only now: a growth that fails, for want of memory say, must be able to be resumed.
-            self._stored.pop(level)
-            self._stored_moments.pop(level, None)
+            self._stored.drop(level)
+        if self._merger is not None:
+            self._merger.num_merged = self._num_merged
         if self._changes_lr:
             self._apply_lr(trainer)
         anatomy = step.small if goes_down else step.large
@@ -352,27 +389,9 @@ class MultiLevelTraining(L.Callback):
             f"{anatomy.num_parameters:,} parameters, {time.perf_counter() - started:.2f} s"
         )
 
-    def _shrink(self, transformer: nn.Module, step: LevelMap) -> nn.Module:
-        # The old model is about to be dropped, so on the CPU its tensors are kept as they are, without a copy.
-        self._stored[self._level] = {
-            name: parameter.detach().cpu() for name, parameter in transformer.named_parameters()
-        }
-        return coalesce(transformer, step)
-
-    def _grow(self, transformer: nn.Module, step: LevelMap, level: int) -> nn.Module:
-        small = {name: parameter.detach() for name, parameter in transformer.named_parameters()}
-        device = next(iter(small.values())).device
-        stored = {name: tensor.to(device) for name, tensor in self._stored[level].items()}
-        merged = dict(interpolate(stored, small, step, self.interpolation))
-        resized = build_resized(transformer, step.small, step.large.size)
-        # What is frozen was not trained in the small level either: it stays what it is, whatever the rule.
-        frozen = {name for name, parameter in resized.named_parameters() if not parameter.requires_grad}
-        merged.update({name: stored[name].clone() for name in frozen})
-        return load_parameters(resized, merged)
-
     @property
-    def _merges_moments(self) -> bool:
-        return self.optimizer_state == "project" and self.interpolation.coarse < 1
+    def _num_merged(self) -> int:
+        return self.levels[self._level - 1].merge_batches if self._level else 1
 
     # Learning rate
 
@@ -393,11 +412,7 @@ class MultiLevelTraining(L.Callback):
             "maps": self._map_settings(),
             "rules": self._rules(),
             "schedule": [[phase.level, phase.start, phase.end] for phase in self.schedule],
-            "stored": {level: dict(state) for level, state in self._stored.items()},
-            "stored_moments": {
-                level: {name: dict(entry) for name, entry in state.items()}
-                for level, state in self._stored_moments.items()
-            },
+            **self._stored.state_dict(),
         }
 
     def _rules(self) -> dict[str, Any]:
@@ -438,8 +453,7 @@ class MultiLevelTraining(L.Callback):
                 f"The checkpoint was trained with {state_dict['rules']}; this run has {self._rules()}, "
                 "and follows those."
             )
-        self._stored = {int(level): dict(state) for level, state in state_dict["stored"].items()}
-        self._stored_moments = {int(level): dict(state) for level, state in state_dict["stored_moments"].items()}
+        self._stored.load_state_dict(state_dict)
         saved = [tuple(phase) for phase in state_dict["schedule"]]
         present = [(phase.level, phase.start, phase.end) for phase in self.schedule]
         if present and saved != present:
@@ -447,7 +461,3 @@ class MultiLevelTraining(L.Callback):
                 f"The checkpoint was trained with the phases (level, first step, end) {saved}; this run has {present}, "
                 "and follows those."
             )
-
-
-def _reduces_depth(level: Level) -> bool:
-    return level.depth != 1 if isinstance(level.depth, int) else any(factor != 1 for factor in level.depth)

@@ -30,7 +30,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lit_accel.anatomy import Anatomy, AnatomyError, Dim, ParameterLayout
+from lit_accel.anatomy import Anatomy, AnatomyError, Dim, ParameterLayout, Size
 
 WidthGrouping = Literal["block", "adjacent"]
 DepthGrouping = Literal["adjacent", "stack"]
@@ -294,6 +294,35 @@ def level_map(
         depth_grouping=depth_grouping,
         depth_mode=depth_mode,
     )
+
+
+def grown_size(small: Anatomy, factors: Sequence[tuple[int, int | Sequence[int]]]) -> Size:
+    """Return the size of the full model that a small one is a level of.
+
+    Args:
+        small: The anatomy of the small model.
+        factors: Width and depth factor of each level down to it, from the largest.
+
+    Raises:
+        AnatomyError: If no model of the family has the small one as this level.
+    """
+    anatomy = small
+    for width, depth in reversed(factors):
+        # Of alternatives the first grows; it is the one that a reduction would divide.
+        grown = {alternatives[0] for alternatives in small.width_axes}
+        axes = {axis: size * (width if axis in grown else 1) for axis, size in anatomy.size.axes.items()}
+        depths = anatomy.size.depths
+        stage_factors = [depth] * len(depths) if isinstance(depth, int) else depth
+        if len(stage_factors) != len(depths):
+            raise AnatomyError(f"There are {len(depths)} stages, but the depth factors are {list(stage_factors)}.")
+        larger = anatomy.at(Size(axes, tuple(n * f for n, f in zip(depths, stage_factors, strict=True))))
+        if larger.reduced(width, depth) != anatomy.size:
+            raise AnatomyError(
+                f"This {small.family} model of {depths} blocks is not what a larger one becomes with width factor "
+                f"{width} and depth factor {depth}. Choose other factors, or a starting model of whole units."
+            )
+        anatomy = larger
+    return anatomy.size
 
 
 def _sum_groups(tensor: Tensor, dim: int, factor: int, grouping: WidthGrouping) -> Tensor:

@@ -31,6 +31,8 @@ class MultiLevelMixin(ResizableMixin):
         multilevel_optimizer_state: ``optimizer_state`` of the callback.
         multilevel_learning_rate: ``learning_rate`` of the callback.
         multilevel_num_rewarm_steps: ``num_rewarm_steps`` of the callback.
+        multilevel_start_level: ``start_level`` of the callback.
+        multilevel_fresh_std: ``fresh_std`` of the callback.
         **kwargs: Passed on.
 
     Example::
@@ -56,6 +58,8 @@ class MultiLevelMixin(ResizableMixin):
         multilevel_optimizer_state: OptimizerStatePolicy | None = None,
         multilevel_learning_rate: LearningRatePolicy | None = None,
         multilevel_num_rewarm_steps: int | None = None,
+        multilevel_start_level: int = 0,
+        multilevel_fresh_std: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -72,6 +76,8 @@ class MultiLevelMixin(ResizableMixin):
             optimizer_state=multilevel_optimizer_state,
             learning_rate=multilevel_learning_rate,
             num_rewarm_steps=multilevel_num_rewarm_steps,
+            start_level=multilevel_start_level,
+            fresh_std=multilevel_fresh_std,
         )
 
     def configure_callbacks(self) -> list[Callback]:

@@ -18,10 +18,19 @@ class Level:
     Args:
         width: What the width (embedding, heads, feed-forward) is divided by.
         depth: What the number of blocks is divided by: one number, for all stages that it divides, or one a stage.
+        merge_batches: How many micro-batches are computed as one at this level. It divides the Trainer's
+            ``accumulate_grad_batches`` and leaves the optimizer step as it is; a small model uses the machine better
+            with larger batches, and has the memory for them.
     """
 
     width: int = 2
     depth: int | list[int] = 2
+    merge_batches: int = 1
+
+
+def reduces_depth(level: Level) -> bool:
+    """Whether a level has fewer blocks than the one above it."""
+    return level.depth != 1 if isinstance(level.depth, int) else any(factor != 1 for factor in level.depth)
 
 
 @dataclass

@@ -117,6 +117,32 @@ def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, *, changes_l
             )
 
 
+def check_merging(trainer: L.Trainer, pl_module: L.LightningModule, numbers: list[int]) -> None:
+    """Check that micro-batches can be merged as the levels ask for.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+        numbers: How many micro-batches each smaller level merges.
+
+    Raises:
+        MisconfigurationException: If they cannot.
+    """
+    accumulated = trainer.accumulate_grad_batches
+    for number in numbers:
+        if number < 1 or (number > 1 and accumulated % number):
+            raise MisconfigurationException(
+                f"A level has merge_batches={number}, and the Trainer accumulate_grad_batches={accumulated}, which "
+                "must be a multiple of it. Merged are micro-batches of one optimizer step: give the Trainer smaller "
+                "batches and a longer accumulation, or set merge_batches to one of its divisors."
+            )
+        if number > 1 and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                "merge_batches needs automatic optimization: in manual optimization nobody but the module knows which "
+                "micro-batches make an optimizer step. Set merge_batches=1."
+            )
+
+
 def check_optimizers(
     trainer: L.Trainer,
     pl_module: L.LightningModule,

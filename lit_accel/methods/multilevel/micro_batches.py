@@ -1,0 +1,90 @@
+"""Computing several micro-batches as one at a small level.
+
+A small model that works on the micro-batches of the large one leaves the machine idle: the same launches, the same
+calls and the same optimizer, for matrices of a quarter of the size. Its activations are smaller too, so that what did
+not fit for the large model fits for it. Merging micro-batches of one accumulation window changes nothing else: the
+optimizer steps, the data and their order, and the gradient are what they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+
+class MicroBatchMerger:
+    """Takes the place of a strategy's ``training_step`` and merges micro-batches before it.
+
+    Args:
+        trainer: The Trainer; its strategy is changed until :meth:`close`.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self.num_merged = 1
+        """How many micro-batches are merged; to be changed between optimizer steps only."""
+        self._trainer = trainer
+        self._waiting: list[Any] = []
+        self._training_step = trainer.strategy.training_step
+        trainer.strategy.training_step = self._run  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        """Give the strategy its own ``training_step`` back."""
+        vars(self._trainer.strategy).pop("training_step", None)
+
+    def _run(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        # A callback may have changed the accumulation: a window must hold whole groups.
+        num_merged = math.gcd(self.num_merged, self._trainer.accumulate_grad_batches)
+        if num_merged == 1:
+            return self._training_step(batch, *args, **kwargs)
+        self._waiting.append(batch)
+        if len(self._waiting) < num_merged and not self._is_last_of_epoch():
+            # Lightning forbids to skip a batch on several processes; a constant has a gradient that nobody holds.
+            return torch.zeros((), device=self._trainer.strategy.root_device, requires_grad=True)
+        waiting, self._waiting = self._waiting, []
+        output = self._training_step(merge_batches(waiting), *args, **kwargs)
+        # Lightning divides by the number of micro-batches of the window; this output stands for several of them.
+        if isinstance(output, Mapping):
+            return {**output, "loss": output["loss"] * len(waiting)}
+        return None if output is None else output * len(waiting)
+
+    def _is_last_of_epoch(self) -> bool:
+        """Whether Lightning steps after this batch, however short the window is."""
+        num_started = self._trainer.fit_loop.epoch_loop.batch_progress.current.started
+        return self._trainer.is_last_batch or num_started == self._trainer.num_training_batches
+
+
+def merge_batches(batches: list[Any]) -> Any:
+    """Concatenate batches along the first dimension of each of their tensors.
+
+    Args:
+        batches: Batches of one structure: tensors in mappings, tuples and lists. Anything else must be the same in
+            all of them.
+
+    Raises:
+        ValueError: If they cannot be concatenated.
+    """
+    first = batches[0]
+    if isinstance(first, Tensor):
+        shapes = [tuple(batch.shape) for batch in batches]
+        if first.ndim == 0 or len({shape[1:] for shape in shapes}) > 1:
+            raise ValueError(
+                f"Micro-batches with tensors of the shapes {', '.join(map(str, shapes))} cannot be merged into one: "
+                "they must agree in all but the first dimension. Pad them to one length, or set merge_batches=1."
+            )
+        return torch.cat(batches)
+    if isinstance(first, Mapping):
+        return {key: merge_batches([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, (tuple, list)):
+        parts = [merge_batches(list(part)) for part in zip(*batches, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    if any(batch != first for batch in batches):
+        raise ValueError(
+            f"Micro-batches that hold {first!r} and other values in the same place cannot be merged into one. Put such "
+            "values into tensors with one entry a sample, or set merge_batches=1."
+        )
+    return first

@@ -1,0 +1,167 @@
+"""Growth alone: a small trained model becomes a large one that never existed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_accel import ComputeLedger, Level, MultiLevelMixin, MultiLevelTraining, Phase
+from lit_accel.anatomy import AnatomyError, anatomy_of
+from lit_accel.compute import read_ledger
+from lit_accel.methods.multilevel import coalesce, level_map
+from lit_accel.methods.multilevel.maps import grown_size
+from tests.models import ALL_MODELS, make_model
+from tests.training import TinyModule, loader, make_trainer
+
+PHASES = [Phase(1, 4), Phase(0)]
+
+
+def small_module(**kwargs):
+    module = TinyModule(**kwargs)
+    module.net = coalesce(module.net, level_map(anatomy_of(module.net))).train()
+    return module
+
+
+def fit(tmp_path, module, method, steps=8, callbacks=(), **kwargs):
+    trainer = make_trainer(tmp_path, callbacks=[method, *callbacks], max_steps=steps)
+    trainer.fit(module, loader(), **kwargs)
+    return trainer
+
+
+def test_the_model_grows_when_the_phases_say_so(tmp_path):
+    module = small_module()
+    fit(tmp_path, module, MultiLevelTraining(start_level=1, phases=PHASES))
+    assert module.sizes[3] < module.sizes[4] == module.sizes[-1]
+    assert module.net.config.n_layer == 4
+    assert module.net.config.n_embd == 16
+    assert module.losses[-1] < module.losses[0]
+
+
+def test_by_default_it_grows_at_once(tmp_path):
+    module = small_module()
+    fit(tmp_path, module, MultiLevelTraining(start_level=1))
+    assert len(set(module.sizes)) == 1
+    assert module.net.config.n_layer == 4
+
+
+def test_two_levels_up(tmp_path):
+    module = TinyModule()
+    full = anatomy_of(module.net)
+    two = level_map(level_map(full).small)
+    module.net = coalesce(coalesce(module.net, level_map(full)), two).train()
+    method = MultiLevelTraining([Level(), Level()], [Phase(2, 3), Phase(1, 3), Phase(0)], start_level=2)
+    fit(tmp_path, module, method)
+    assert len(set(module.sizes)) == 3
+    assert anatomy_of(module.net).size == full.size
+
+
+def test_growing_what_preserves_the_function_changes_no_loss(tmp_path):
+    grown, plain = small_module(dtype=torch.float64), small_module(dtype=torch.float64)
+    fit(tmp_path, grown, MultiLevelTraining(start_level=1, preset="exact", phases=PHASES), steps=5)
+    make_trainer(tmp_path, max_steps=5).fit(plain, loader())
+    assert grown.sizes[4] > plain.sizes[4]
+    torch.testing.assert_close(grown.losses, plain.losses, rtol=1e-10, atol=0)
+
+
+def asymmetry(net):
+    weight = net.transformer.h[0].mlp.c_fc.weight
+    first, second = weight.chunk(2, dim=1)
+    return ((first - second).norm() / weight.norm()).item()
+
+
+def test_the_fresh_part_tells_copies_apart(tmp_path):
+    exact, default = small_module(), small_module()
+    fit(tmp_path, exact, MultiLevelTraining(start_level=1, preset="exact"))
+    fit(tmp_path, default, MultiLevelTraining(start_level=1))
+    assert asymmetry(exact.net) < 1e-5
+    assert asymmetry(default.net) > 1e-2
+
+
+def test_the_small_model_stays_the_coarse_part_of_the_grown_one(tmp_path):
+    """Whatever is drawn, coalescing gives back what has been trained."""
+    module = small_module(dtype=torch.float64, lr=0.0)
+    before = copy.deepcopy(module.net)
+    fit(tmp_path, module, MultiLevelTraining(start_level=1), steps=1)
+    lm = level_map(anatomy_of(module.net))
+    for (name, actual), expected in zip(coalesce(module.net, lm).named_parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_stacking(tmp_path):
+    module = small_module(lr=0.0)
+    first, second = (copy.deepcopy(block) for block in module.net.transformer.h)
+    levels = [Level(width=1, depth=2)]
+    fit(tmp_path, module, MultiLevelTraining(levels, start_level=1, depth_grouping="stack", fresh_std=0.0), steps=1)
+    expected = (first, second, first, second)
+    for block, source in zip(module.net.transformer.h, expected, strict=True):
+        for actual, value in zip(block.parameters(), source.parameters(), strict=True):
+            torch.testing.assert_close(actual, value)
+
+
+@pytest.mark.parametrize("saved_at", [2, 4, 6])
+def test_resume_is_bitwise(tmp_path, saved_at):
+    """Also where the small model that the run began with is what the module comes with again."""
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, resumed = small_module(), small_module(seed=5)
+    for module, path in ((whole, None), (resumed, tmp_path / f"step={saved_at}.ckpt")):
+        method = MultiLevelTraining(start_level=1, phases=PHASES)
+        # One batch an epoch: Lightning's own loaders resume at their ends only.
+        callbacks = [method, *([save] if path is None else [])]
+        trainer = make_trainer(tmp_path, callbacks=callbacks, enable_checkpointing=path is None, max_epochs=8)
+        trainer.fit(module, loader(num_samples=8), ckpt_path=path)
+    assert resumed.net.config.n_layer == 4
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+
+
+def test_another_fit_does_not_grow_again(tmp_path):
+    module, method = small_module(), MultiLevelTraining(start_level=1)
+    fit(tmp_path, module, method)
+    fit(tmp_path, module, method)
+    assert module.net.config.n_layer == 4
+
+
+def test_the_ledger_compares_with_the_full_model(tmp_path):
+    module = small_module()
+    ledger = ComputeLedger(folder=str(tmp_path), print_table=False)
+    # The ledger is set up first, when nobody has said yet that the model is a small one.
+    trainer = make_trainer(tmp_path, callbacks=[ledger, MultiLevelTraining(start_level=1, phases=PHASES)], max_steps=8)
+    trainer.fit(module, loader())
+    table = read_ledger(tmp_path)
+    assert table.flops[-1] < 0.8 * table.dense_flops[-1]
+
+
+class Mine(MultiLevelMixin, TinyModule):
+    """A module that brings the method along."""
+
+
+def test_the_mixin_starts_small_too(tmp_path):
+    module = Mine(multilevel_start_level=1)
+    full = anatomy_of(module.net)
+    module.net = coalesce(module.net, level_map(full)).train()
+    make_trainer(tmp_path, max_steps=2).fit(module, loader())
+    assert anatomy_of(module.net).size == full.size
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_the_size_that_a_model_is_a_level_of(name):
+    with torch.device("meta"):
+        anatomy = anatomy_of(make_model(name, heads=2, head_dim=4, ffn=8, blocks=2))
+    full = grown_size(anatomy, [(2, 2), (3, 1)])
+    assert anatomy.at(full).reduced(2, 2) == grown_size(anatomy, [(3, 1)])
+    assert anatomy.at(grown_size(anatomy, [(3, 1)])).reduced(3, 1) == anatomy.size
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match="start_level is 2; levels are 0"):
+        MultiLevelTraining(start_level=2)
+    with pytest.raises(ValueError, match=r"alpha.* is 0.25, but with start_level 1 .*no trained larger model"):
+        MultiLevelTraining(start_level=1, preset="paper")
+    with pytest.raises(ValueError, match=r"fresh_std is -1.0"):
+        MultiLevelTraining(start_level=1, fresh_std=-1.0)
+    swin = anatomy_of(make_model("swin", heads=2, head_dim=4, ffn=8, blocks=1))
+    with pytest.raises(AnatomyError, match="2 stages"):
+        grown_size(swin, [(2, [1, 2, 1])])

@@ -1,0 +1,120 @@
+"""Merged micro-batches: the same optimizer steps from fewer, larger calls."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_accel import ComputeLedger, Level, MultiLevelTraining, Phase
+from lit_accel.compute import read_ledger
+from lit_accel.methods.multilevel.micro_batches import merge_batches
+from tests.training import TinyModule, loader, make_trainer
+
+PHASES = [Phase(0, 2), Phase(1, 4), Phase(0)]
+
+
+class Calls(TinyModule):
+    """Remembers how many sequences each call had."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.calls: list[int] = []
+
+    def training_step(self, batch, batch_idx):
+        self.calls.append(len(batch))
+        loss = super().training_step(batch, batch_idx)
+        return {"loss": loss, "note": "of the user"}
+
+
+def fit(tmp_path, merge, *, accumulate=4, num_samples=256, callbacks=(), **kwargs):
+    module = Calls(dtype=torch.float64, scheduler="linear")
+    method = MultiLevelTraining([Level(merge_batches=merge)], PHASES)
+    trainer = make_trainer(
+        tmp_path, callbacks=[method, *callbacks], accumulate_grad_batches=accumulate, max_steps=9, **kwargs
+    )
+    trainer.fit(module, loader(batch_size=4, num_samples=num_samples))
+    assert "training_step" not in vars(trainer.strategy)
+    return module, trainer
+
+
+@pytest.mark.parametrize("merge", [2, 4])
+# 40 samples are 10 micro-batches: the third window of each epoch has two of them only.
+@pytest.mark.parametrize("data", [{"num_samples": 256}, {"num_samples": 40}, {"limit_train_batches": 7}])
+def test_merging_changes_no_optimizer_step(tmp_path, merge, data):
+    plain, _ = fit(tmp_path, 1, **data)
+    merged, _ = fit(tmp_path, merge, **data)
+    assert merged.rates == plain.rates
+    for (name, actual), expected in zip(merged.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_only_the_small_level_is_called_with_more(tmp_path):
+    module, _ = fit(tmp_path, 4)
+    full = max(module.sizes)
+    assert {calls for calls, size in zip(module.calls, module.sizes, strict=True) if size == full} == {4}
+    assert {calls for calls, size in zip(module.calls, module.sizes, strict=True) if size < full} == {16}
+    assert len(module.calls) == (2 + 3) * 4 + 4
+
+
+def test_the_ledger_counts_the_same(tmp_path):
+    totals = []
+    for merge in (1, 4):
+        folder = tmp_path / str(merge)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(tmp_path, merge, callbacks=[ComputeLedger(folder=str(folder), print_table=False)])
+        assert not [w for w in caught if "was not called" in str(w.message)]
+        ledger = read_ledger(folder)
+        totals.append((ledger.flops[-1], ledger.tokens[-1]))
+    assert totals[0] == totals[1]
+
+
+@pytest.mark.parametrize("merge", [0, 3])
+def test_numbers_that_do_not_fit_are_refused(tmp_path, merge):
+    with pytest.raises(MisconfigurationException, match=f"merge_batches={merge}.*multiple of it"):
+        fit(tmp_path, merge)
+
+
+def test_manual_optimization_is_refused(tmp_path):
+    module = TinyModule()
+    module.automatic_optimization = False
+    method = MultiLevelTraining([Level(merge_batches=2)], PHASES)
+    trainer = make_trainer(tmp_path, callbacks=[method], max_steps=9)
+    trainer.accumulate_grad_batches = 2
+    with pytest.raises(MisconfigurationException, match="automatic optimization"):
+        trainer.fit(module, loader())
+
+
+tensors = st.builds(lambda rows, seed: torch.full((rows, 2), float(seed)), st.integers(1, 3), st.integers(0, 9))
+batch_structures = st.recursive(
+    tensors,
+    lambda inner: st.lists(inner, max_size=3).map(tuple) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(batch=batch_structures, number=st.integers(1, 3))
+def test_batches_of_any_structure_are_merged_leaf_by_leaf(batch, number):
+    def check(merged, part):
+        assert type(merged) is type(part)
+        if isinstance(part, torch.Tensor):
+            assert torch.equal(merged, torch.cat([part] * number))
+        else:
+            assert len(merged) == len(part)
+            for key in part if isinstance(part, dict) else range(len(part)):
+                check(merged[key], part[key])
+
+    check(merge_batches([batch] * number), batch)
+
+
+def test_batches_that_cannot_be_merged():
+    with pytest.raises(ValueError, match=r"\(2, 3\), \(2, 4\).*Pad them"):
+        merge_batches([torch.zeros(2, 3), torch.zeros(2, 4)])
+    with pytest.raises(ValueError, match="'en' and other values"):
+        merge_batches([{"language": "en"}, {"language": "fr"}])
+    assert merge_batches([{"language": "en"}, {"language": "en"}]) == {"language": "en"}
