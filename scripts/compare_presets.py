@@ -17,19 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
 
-from lit_accel import MultiLevelTraining
+from lit_accel import Level, MultiLevelTraining, Phase
 from lit_accel.compute import read_ledger
 from lit_accel.compute.provenance import provenance
+from lit_accel.methods.multilevel.phases import phase_at, v_cycle
 from scripts.small_gpt import Setup
 
 RESULTS = Path(__file__).parent / "results" / "presets.jsonl"
 SETUP = Setup(num_blocks=4, embed=128, heads=4, vocab_size=1024, block_size=128, batch_size=16, num_steps=600)
 BUDGET = 0.8
+
 
 Variant = Callable[[], MultiLevelTraining | None]
 VARIANTS: dict[str, Variant] = {
@@ -47,7 +50,51 @@ VARIANTS: dict[str, Variant] = {
         optimizer_state="reset", learning_rate="rewarm", num_rewarm_steps=30
     ),
     "correction, reset, zero depth": lambda: MultiLevelTraining(optimizer_state="reset", depth_mode="zero"),
+    # One choice at a time, all else as in the default.
+    "alpha 0.5": lambda: MultiLevelTraining(alpha=0.5),
+    "alpha 0.75": lambda: MultiLevelTraining(alpha=0.75),
+    "fine part halved": lambda: MultiLevelTraining(fine=0.5),
+    "zero depth": lambda: MultiLevelTraining(depth_mode="zero"),
+    "ode depth": lambda: MultiLevelTraining(depth_mode="ode"),
+    "adjacent neurons and heads": lambda: MultiLevelTraining(width_grouping="adjacent"),
+    "stacked blocks": lambda: MultiLevelTraining(depth_grouping="stack"),
+    "initial phase 2 %": lambda: MultiLevelTraining(phases=v_cycle(1, initial=0.02)),
+    "initial phase 10 %": lambda: MultiLevelTraining(phases=v_cycle(1, initial=0.1)),
+    "small phase 25 %": lambda: MultiLevelTraining(phases=v_cycle(1, small=0.25)),
+    "small phase 65 %": lambda: MultiLevelTraining(phases=v_cycle(1, small=0.65)),
+    "small lr x 0.5": lambda: MultiLevelTraining(phases=phases_with_lr(small=0.5)),
+    "small lr x 2": lambda: MultiLevelTraining(phases=phases_with_lr(small=2.0)),
+    "lr x 0.5 after growth": lambda: MultiLevelTraining(phases=phases_with_lr(grown=0.5)),
+    "rewarm": lambda: MultiLevelTraining(learning_rate="rewarm", num_rewarm_steps=30),
+    "half the width only": lambda: MultiLevelTraining(levels=[Level(width=2, depth=1)]),
+    "half the depth only": lambda: MultiLevelTraining(levels=[Level(width=1, depth=2)]),
+    "half the tokens at the small level": lambda: MultiLevelTraining(),
+    "twice the tokens at the small level": lambda: MultiLevelTraining(),
 }
+# Tokens of a step at the small level, relative to one of the full model.
+SMALL_TOKENS = {"half the tokens at the small level": 0.5, "twice the tokens at the small level": 2.0}
+
+
+def phases_with_lr(small: float = 1.0, grown: float = 1.0) -> list[Phase]:
+    """Return the default V-cycle with other learning rates in its second and third phase."""
+    return [Phase(0, 0.05), Phase(1, 0.5, lr_scale=small), Phase(0, lr_scale=grown)]
+
+
+class SmallTokens(L.Callback):
+    """Accumulates over more or fewer micro-batches while the model is small.
+
+    Args:
+        method: Which says when that is.
+        factor: Tokens of a small step, relative to one of the full model.
+    """
+
+    def __init__(self, method: MultiLevelTraining, factor: float) -> None:
+        self.method, self.factor = method, factor
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Choose for the coming optimizer step."""
+        phase = self.method.schedule[phase_at(self.method.schedule, trainer.global_step)]
+        trainer.accumulate_grad_batches = round(2 * self.factor) if phase.level else 2
 
 
 def run_once(name: str, seed: int, lr: float) -> dict[str, Any]:
@@ -56,9 +103,12 @@ def run_once(name: str, seed: int, lr: float) -> dict[str, Any]:
     if method is None:
         num_steps = round(SETUP.num_steps * (1.0 if "100" in name else BUDGET))
     else:
-        num_steps = SETUP.steps_for_budget(method, BUDGET)
+        num_steps = SETUP.steps_for_budget(method, BUDGET, SMALL_TOKENS.get(name, 1.0))
+    extra: dict[str, Any] = {}
+    if method is not None and name in SMALL_TOKENS:
+        extra = {"accumulate": 2, "callbacks": [SmallTokens(method, SMALL_TOKENS[name])]}
     with tempfile.TemporaryDirectory() as folder:
-        SETUP.run(Path(folder), num_steps, method, seed=seed, lr=lr, quiet=True)
+        SETUP.run(Path(folder), num_steps, method, seed=seed, lr=lr, quiet=True, **extra)
         ledger = read_ledger(folder)
     last = ledger.measured("val/loss")[-1]
     return {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -85,17 +85,18 @@ class Setup:
         """Return the FLOPs of an optimizer step."""
         return training_flops(anatomy, self.batch_size, self.block_size).total
 
-    def steps_for_budget(self, method: MultiLevelTraining, budget: float) -> int:
+    def steps_for_budget(self, method: MultiLevelTraining, budget: float, small_tokens: float = 1.0) -> int:
         """Return how many steps a method gets for a share of the dense run's FLOPs.
 
         Args:
             method: The method; shares in its phases are shares of the returned number.
             budget: The share.
+            small_tokens: Tokens of a step at the smaller levels, relative to those of the full model.
         """
         with torch.device("meta"):
             anatomy = anatomy_of(self.module().model)
         levels = [anatomy, *(level_map.small for level_map in method.plan_levels(anatomy))]
-        costs = [self.step_flops(level) for level in levels]
+        costs = [round(self.step_flops(level) * (small_tokens if number else 1)) for number, level in enumerate(levels)]
         budget_flops = budget * costs[0] * self.num_steps
 
         def total(num_steps: int) -> int:
@@ -118,6 +119,8 @@ class Setup:
         seed: int = 0,
         lr: float | None = None,
         quiet: bool = False,
+        accumulate: int = 1,
+        callbacks: Sequence[L.Callback] = (),
     ) -> tuple[CausalLM, L.Trainer]:
         """Train once; the ledger goes to ``folder``.
 
@@ -128,12 +131,14 @@ class Setup:
             seed: Of initialisation and data order.
             lr: Peak learning rate instead of the set-up's own.
             quiet: Whether to leave out progress bars and summaries.
+            accumulate: In how many micro-batches a step is computed.
+            callbacks: More callbacks; they come before the method.
         """
         if num_steps % self.num_evaluations:
             # What is compared is the end of the run, where the learning rate is zero: it must be evaluated.
             raise ValueError(f"num_steps is {num_steps}; it must be a multiple of {self.num_evaluations}.")
         L.seed_everything(seed, verbose=False)
-        callbacks: list[Any] = [ComputeLedger(folder=str(folder), print_table=not quiet)]
+        ledger: L.Callback = ComputeLedger(folder=str(folder), print_table=not quiet)
         own_schedule = method is not None and method.learning_rate == "paper"
         module = self.module(lr, decay=None if own_schedule else "linear")
         trainer = L.Trainer(
@@ -143,16 +148,17 @@ class Setup:
             precision="bf16-mixed",
             max_steps=num_steps,
             max_epochs=-1,
-            val_check_interval=num_steps // self.num_evaluations,
+            val_check_interval=num_steps // self.num_evaluations * accumulate,
+            accumulate_grad_batches=accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             gradient_clip_val=1.0,
             log_every_n_steps=10,
-            callbacks=[*callbacks, *([method] if method is not None else [])],
+            callbacks=[ledger, *callbacks, *([method] if method is not None else [])],
             logger=CSVLogger(folder, name="", version=""),
             enable_checkpointing=False,
             enable_progress_bar=not quiet,
             enable_model_summary=False,
         )
-        trainer.fit(module, self.data(seed))
+        trainer.fit(module, replace(self, batch_size=self.batch_size // accumulate).data(seed))
         return module, trainer
