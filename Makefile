@@ -33,7 +33,9 @@ check: $(STAMP)  ## lint, format and type check
 
 bench: $(STAMP)  ## the measurements behind the README; resumes where it stopped
 	$(BIN)/python -m scripts.measure_transition
+	$(BIN)/python -m scripts.measure_realised_share
 	$(BIN)/python -m scripts.compare_presets
+	$(BIN)/python -m scripts.compare_vision --choices
 	$(MAKE) bench-report
 
 bench-report: $(STAMP)  ## write the tables of the README from the result files

@@ -12,9 +12,9 @@ import lit_accel.strategies  # noqa: F401
 class LitAccelCLI(LightningCLI):
     """LightningCLI for any LightningModule and data module, with two differences.
 
-    - The vocabulary of the data sets that of the model: a property ``vocab_size`` of the data module is
-      linked to the model's argument of that name. Where either lacks it, nothing is linked and the model's
-      own argument counts.
+    - The data sets the size of the model's input and output: the data module's ``vocab_size``, or its
+      ``num_classes``, ``in_chans`` and ``image_size``, are linked to the model's arguments of these names. Where
+      either lacks one, it is not linked and the model's own argument counts.
     - The module configures its optimizer. Left to LightningCLI, ``configure_optimizers`` would return one and
       the same optimizer for ever, and after a resize it would step parameters that no longer exist.
 
@@ -40,8 +40,9 @@ class LitAccelCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link the vocabulary of the data to the model."""
-        parser.link_arguments("data.vocab_size", "model.init_args.vocab_size", apply_on="instantiate")
+        """Link the vocabulary of the data, or its classes and the shape of its images, to the model."""
+        for name in ("vocab_size", "num_classes", "in_chans", "image_size"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
 
 def main(args: ArgsType = None) -> None:

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_accel import Level, MultiLevelTraining, Phase
+from lit_accel.anatomy import Anatomy, anatomy_of
 from lit_accel.compute import read_ledger
 from lit_accel.compute.provenance import provenance
 from lit_accel.methods.multilevel.phases import phase_at, v_cycle
@@ -34,11 +36,16 @@ SETUP = Setup(num_blocks=4, embed=128, heads=4, vocab_size=1024, block_size=128,
 BUDGET = 0.8
 
 
+SMALL_ALONE = "the small model alone"
+DEFAULT = "correction, moments projected (default)"
 Variant = Callable[[], MultiLevelTraining | None]
 VARIANTS: dict[str, Variant] = {
     "dense 100 %": lambda: None,
     "dense 80 %": lambda: None,
-    "correction, moments projected (default)": lambda: MultiLevelTraining(),
+    # The control: where it is better, the full model is too large for the budget, and every method that trains a
+    # small one looks good for that reason alone.
+    SMALL_ALONE: lambda: None,
+    DEFAULT: lambda: MultiLevelTraining(),
     "correction, moments reset": lambda: MultiLevelTraining(optimizer_state="reset"),
     "correction, second moment kept": lambda: MultiLevelTraining(optimizer_state="second_moment"),
     "paper, alpha 0.25": lambda: MultiLevelTraining(preset="paper"),
@@ -50,7 +57,9 @@ VARIANTS: dict[str, Variant] = {
         optimizer_state="reset", learning_rate="rewarm", num_rewarm_steps=30
     ),
     "correction, reset, zero depth": lambda: MultiLevelTraining(optimizer_state="reset", depth_mode="zero"),
-    # One choice at a time, all else as in the default.
+}
+# One choice at a time, all else as in the default.
+CHOICES: dict[str, Variant] = {
     "alpha 0.5": lambda: MultiLevelTraining(alpha=0.5),
     "alpha 0.75": lambda: MultiLevelTraining(alpha=0.75),
     "fine part halved": lambda: MultiLevelTraining(fine=0.5),
@@ -62,6 +71,9 @@ VARIANTS: dict[str, Variant] = {
     "initial phase 10 %": lambda: MultiLevelTraining(phases=v_cycle(1, initial=0.1)),
     "small phase 25 %": lambda: MultiLevelTraining(phases=v_cycle(1, small=0.25)),
     "small phase 65 %": lambda: MultiLevelTraining(phases=v_cycle(1, small=0.65)),
+    "small phase 75 %": lambda: MultiLevelTraining(phases=v_cycle(1, small=0.75)),
+    "initial 2 %, small 65 %": lambda: MultiLevelTraining(phases=v_cycle(1, initial=0.02, small=0.65)),
+    "initial 2 %, small 75 %": lambda: MultiLevelTraining(phases=v_cycle(1, initial=0.02, small=0.75)),
     "small lr x 0.5": lambda: MultiLevelTraining(phases=phases_with_lr(small=0.5)),
     "small lr x 2": lambda: MultiLevelTraining(phases=phases_with_lr(small=2.0)),
     "lr x 0.5 after growth": lambda: MultiLevelTraining(phases=phases_with_lr(grown=0.5)),
@@ -71,6 +83,8 @@ VARIANTS: dict[str, Variant] = {
     "half the tokens at the small level": lambda: MultiLevelTraining(),
     "twice the tokens at the small level": lambda: MultiLevelTraining(),
 }
+VARIANTS |= CHOICES
+CHOICES_LR = 4e-3
 # Tokens of a step at the small level, relative to one of the full model.
 SMALL_TOKENS = {"half the tokens at the small level": 0.5, "twice the tokens at the small level": 2.0}
 
@@ -100,7 +114,13 @@ class SmallTokens(L.Callback):
 def run_once(name: str, seed: int, lr: float) -> dict[str, Any]:
     """Train one variant and return what it cost and reached."""
     method = VARIANTS[name]()
-    if method is None:
+    setup = SETUP
+    if name == SMALL_ALONE:
+        setup = replace(SETUP, num_blocks=SETUP.num_blocks // 2, embed=SETUP.embed // 2, heads=SETUP.heads // 2)
+        budget_flops = BUDGET * SETUP.num_steps * SETUP.step_flops(anatomy_on_meta(SETUP))
+        num_steps = int(budget_flops / setup.step_flops(anatomy_on_meta(setup)))
+        num_steps -= num_steps % setup.num_evaluations
+    elif method is None:
         num_steps = round(SETUP.num_steps * (1.0 if "100" in name else BUDGET))
     else:
         num_steps = SETUP.steps_for_budget(method, BUDGET, SMALL_TOKENS.get(name, 1.0))
@@ -108,7 +128,7 @@ def run_once(name: str, seed: int, lr: float) -> dict[str, Any]:
     if method is not None and name in SMALL_TOKENS:
         extra = {"accumulate": 2, "callbacks": [SmallTokens(method, SMALL_TOKENS[name])]}
     with tempfile.TemporaryDirectory() as folder:
-        SETUP.run(Path(folder), num_steps, method, seed=seed, lr=lr, quiet=True, **extra)
+        setup.run(Path(folder), num_steps, method, seed=seed, lr=lr, quiet=True, **extra)
         ledger = read_ledger(folder)
     last = ledger.measured("val/loss")[-1]
     return {
@@ -119,6 +139,12 @@ def run_once(name: str, seed: int, lr: float) -> dict[str, Any]:
         "flops": ledger.flops[last],
         "val_loss": ledger.metrics["val/loss"][last],
     }
+
+
+def anatomy_on_meta(setup: Setup) -> Anatomy:
+    """Return the anatomy of a set-up's model without allocating it."""
+    with torch.device("meta"):
+        return anatomy_of(setup.module().model)
 
 
 def read_results() -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.compare_presets import VARIANTS
+from scripts import compare_vision as vision
+from scripts.compare_presets import CHOICES, CHOICES_LR, DEFAULT, VARIANTS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results"
@@ -30,7 +31,7 @@ def presets_table() -> str:
     """Return the comparison of presets, mean and spread over seeds at each learning rate."""
     rows = [json.loads(line) for line in (RESULTS / "presets.jsonl").read_text().splitlines()]
     rates = sorted({row["lr"] for row in rows})
-    variants = [variant for variant in VARIANTS if any(row["variant"] == variant for row in rows)]
+    variants = [name for name in VARIANTS if name not in CHOICES and any(row["variant"] == name for row in rows)]
     dense_flops = max(row["flops"] for row in rows if row["variant"] == "dense 100 %")
 
     def cell(variant: str, rate: float) -> str:
@@ -57,6 +58,95 @@ def presets_table() -> str:
             "",
             f"`python -m scripts.compare_presets`; {machine(rows[0]['provenance'])}.",
             "A small model and short runs: they rank the choices, and do not predict what a large run saves.",
+        ]
+    )
+
+
+def choices_table() -> str:
+    """Return what each single choice does to the held-out loss, best first."""
+    lines = (RESULTS / "presets.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["lr"] == CHOICES_LR]
+    default = {row["seed"]: row["val_loss"] for row in rows if row["variant"] == DEFAULT}
+    found = []
+    for name in CHOICES:
+        chosen = {row["seed"]: row["val_loss"] for row in rows if row["variant"] == name}
+        if chosen:
+            # By seed: a seed has the same data and the same first weights in every variant.
+            gaps = [loss - default[seed] for seed, loss in chosen.items()]
+            found.append((statistics.mean(gaps), min(gaps), max(gaps), len(gaps), name))
+    table = [
+        f"| {name} | {mean:+.3f} | {low:+.3f} to {high:+.3f} | {number} |"
+        for mean, low, high, number, name in sorted(found)
+    ]
+    spread = statistics.stdev(default.values())
+    return "\n".join(
+        [
+            "One choice at a time, all else as in the default, at the same 80 % of the FLOPs and learning rate",
+            f"{CHOICES_LR:g}. Difference of the held-out loss to the default with the same seed; negative is better.",
+            f"The default's own standard deviation over its {len(default)} seeds is {spread:.3f}: smaller differences",
+            "say little.",
+            "",
+            "| choice | mean | from, to | seeds |",
+            "| --- | --- | --- | --- |",
+            *table,
+            "",
+            f"`python -m scripts.compare_presets --lrs {CHOICES_LR:g}`; {machine(rows[-1]['provenance'])}.",
+        ]
+    )
+
+
+def vision_table() -> str:
+    """Return accuracy and cost of the vision recipes, dense and by V-cycle."""
+    rows = [json.loads(line) for line in (RESULTS / "vision.jsonl").read_text().splitlines()]
+    lines = ["| model | run | seeds | FLOPs | top-1, % | loss |", "| --- | --- | --- | --- | --- | --- |"]
+    for model in vision.MODELS:
+        for arm in (vision.DENSE, vision.DEFAULT, *vision.CHOICES):
+            chosen = [row for row in rows if (row["model"], row["arm"]) == (model, arm)]
+            if chosen:
+                top1, loss = ([row[key] for row in chosen] for key in ("val_top1", "val_loss"))
+                flops = statistics.mean(row["flops_share"] for row in chosen)
+                lines.append(
+                    f"| {model} | {arm} | {len(chosen)} | {flops:.0%} | "
+                    f"{mean_and_spread(top1, 100, 2)} | {mean_and_spread(loss, 1, 4)} |"
+                )
+    return "\n".join(
+        [
+            "The small recipes of DeiT and SwinV2 on scikit-learn's digits (held-out fifth, 359 images), dense and by",
+            "V-cycle with the same number of steps, each with its own completed decay. Mean ± standard deviation.",
+            "",
+            *lines,
+            "",
+            f"`python -m scripts.compare_vision --choices`; {machine(rows[0]['provenance'])}.",
+        ]
+    )
+
+
+def mean_and_spread(values: list[float], unit: float, digits: int) -> str:
+    """Return ``mean ± standard deviation`` in a unit."""
+    spread = f" ± {unit * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{unit * statistics.mean(values):.{digits}f}{spread}"
+
+
+def share_table() -> str:
+    """Return how much of the small level's counted saving arrives in seconds."""
+    record = json.loads((RESULTS / "realised_share.json").read_text())
+    lines = [
+        f"| {row['merge_batches']} | {row['merge_batches'] * record['micro_batch']} | {row['flops_ratio']:.3f} | "
+        f"{row['time_ratio']:.3f} | {row['realised_share']:.2f} |"
+        for row in record["rows"]
+    ]
+    return "\n".join(
+        [
+            "An optimizer step of the small level in parts of one of the full level: a GPT of 12 blocks and width 256,",
+            f"{record['num_tokens']} tokens, bf16-mixed, a step being {record['accumulate']} micro-batches of "
+            f"{record['micro_batch']} sequences at level 0;",
+            "the levels are measured in turns within a run. Realised share: log(time ratio) / log(FLOPs ratio).",
+            "",
+            "| `merge_batches` | sequences at once | FLOPs | seconds | realised share |",
+            "| --- | --- | --- | --- | --- |",
+            *lines,
+            "",
+            f"`python -m scripts.measure_realised_share`; {machine(record['provenance'])}.",
         ]
     )
 
@@ -105,8 +195,13 @@ def main() -> None:
     check = parser.parse_args().check
     presets = presets_table()
     targets = {
-        ROOT / "README.md": {"results": f"{presets}\n\n{transition_table()}"},
-        ROOT / "lit_accel/methods/multilevel/README.md": {"results:presets": presets},
+        ROOT / "README.md": {"results": "\n\n".join([presets, vision_table(), share_table(), transition_table()])},
+        ROOT / "lit_accel/methods/multilevel/README.md": {
+            "results:presets": presets,
+            "results:choices": choices_table(),
+            "results:vision": vision_table(),
+            "results:share": share_table(),
+        },
     }
     for path, blocks in targets.items():
         text = filled(path, blocks)

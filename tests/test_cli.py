@@ -15,6 +15,7 @@ from lit_accel.tasks import CausalLM
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("recipe/*.yaml"))
+PAPER_RECIPES = sorted(CONFIGS.glob("recipe/paper/*.yaml"))  # of full size
 VOCAB_SIZE = 37
 
 
@@ -121,6 +122,20 @@ def test_without_a_vocabulary_on_both_sides_nothing_is_linked(model, data, vocab
     assert getattr(cli.model, "vocab_size", None) == vocab_size
 
 
+def test_the_classes_and_the_shape_of_the_images_are_the_models():
+    fragments = [CONFIGS / "model/deit_digits.yaml", CONFIGS / "data/digits.yaml"]
+    cli = parsed("fit", *(f"--config={path}" for path in fragments), "--data.init_args.image_size=16")
+    assert cli.model.model.patch_embed.proj.in_channels == 1
+    assert cli.model.model.patch_embed.img_size == (16, 16)
+    assert cli.model.model.num_classes == cli.model.hparams["num_classes"] == 10
+
+
+def test_images_that_are_not_there_are_said_to_be_missing(tmp_path):
+    model, data = (CONFIGS / path for path in ("model/deit_digits.yaml", "data/fashion_mnist.yaml"))
+    with pytest.raises((SystemExit, ValueError), match="data_dir"):
+        parsed("fit", f"--config={model}", f"--config={data}", f"--data.init_args.data_dir={tmp_path / 'no'}")
+
+
 def test_a_vocabulary_can_be_given_where_the_data_has_none():
     cli = parsed("fit", f"--model={__name__}.OwnVocabulary", "--model.vocab_size=9", f"--data={__name__}.NoVocabulary")
     assert cli.model.vocab_size == 9
@@ -203,7 +218,7 @@ def test_the_final_model_is_saved_where_the_callback_says():
     assert json.loads(Path("final/config.json").read_text())["vocab_size"] == VOCAB_SIZE
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES + PAPER_RECIPES, ids=lambda path: path.stem)
 def test_recipes_parse(recipe, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["fit", "--config", str(recipe), "--print_config"])
@@ -211,8 +226,11 @@ def test_recipes_parse(recipe, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] > 0
 
 
-def run_a_little(*arguments):
-    little = ["max_bytes=60000", "vocab_size=300", "block_size=16", "batch_size=2"]
+LITTLE_TEXT = ["max_bytes=60000", "vocab_size=300", "block_size=16", "batch_size=2"]
+LITTLE_IMAGES = ["batch_size=2", "val_batches=2"]
+
+
+def run_a_little(*arguments, little=LITTLE_TEXT):
     main(
         [
             "fit",
@@ -224,9 +242,10 @@ def run_a_little(*arguments):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_run_on_a_little_text(recipe):
+def test_recipes_run_on_a_little_data(recipe):
+    little = LITTLE_IMAGES if "lit_accel.data.ImageDataModule" in recipe.read_text() else LITTLE_TEXT
     # Three steps: in a rehearsal each phase of a method has one.
-    run_a_little("--config", str(recipe), "--trainer.fast_dev_run=3")
+    run_a_little("--config", str(recipe), "--trainer.fast_dev_run=3", little=little)
 
 
 def test_a_method_goes_on_top_of_a_dense_recipe(tmp_path, monkeypatch, capfd):
@@ -253,3 +272,27 @@ def test_fragments_compose(data):
     fragments = [CONFIGS / "model/gpt2_tiny.yaml", CONFIGS / f"data/{data}.yaml"]
     cli = parsed("fit", *(f"--config={fragment}" for fragment in fragments), "--trainer.accelerator=cpu")
     assert cli.model.model.config.vocab_size == cli.datamodule.vocab_size
+
+
+@pytest.mark.parametrize("model", ["deit_digits", "swinv2_digits"])
+def test_fragments_of_images_compose(model):
+    fragments = [CONFIGS / f"model/{model}.yaml", CONFIGS / "data/digits.yaml"]
+    cli = parsed("fit", *(f"--config={fragment}" for fragment in fragments), "--trainer.accelerator=cpu")
+    assert cli.model.num_classes == cli.datamodule.num_classes
+
+
+@pytest.mark.parametrize("recipe", ["deit", "swinv2"])
+def test_a_recipe_repeats_its_fragments(recipe):
+    """Dense and V-cycle differ in the method alone, and both hold what the fragments say."""
+    dense, vcycle, model, data = (
+        yaml.safe_load((CONFIGS / path).read_text())
+        for path in (
+            f"recipe/{recipe}_dense.yaml",
+            f"recipe/{recipe}_vcycle.yaml",
+            f"model/{recipe}_digits.yaml",
+            "data/digits.yaml",
+        )
+    )
+    assert dense["model"] == vcycle["model"] == model["model"]
+    assert dense["data"] == vcycle["data"] == data["data"]
+    assert dense["trainer"]["max_steps"] == vcycle["trainer"]["max_steps"]

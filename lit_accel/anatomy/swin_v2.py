@@ -18,7 +18,7 @@ from torch import nn
 from lit_accel.anatomy.base import SEQUENCE_PLACES, Anatomy, AnatomyError, Attention, Block, Rows, Size
 from lit_accel.anatomy.layouts import Entry, read_layouts, tied_groups
 from lit_accel.anatomy.registry import register_anatomy
-from lit_accel.anatomy.timm import copy_resized, set_existing
+from lit_accel.anatomy.timm import copy_resized, patch_shape, set_existing
 
 _BRANCH_OUTPUTS = frozenset(f"{norm}.{name}" for norm in ("norm1", "norm2") for name in ("weight", "bias"))
 
@@ -101,7 +101,7 @@ def describe(model: Any) -> Anatomy:
             *((f"ffn_{stage}",) for stage in stages),
         ),
         build=_build,
-        input_shape=partial(_input_shape, model.patch_embed.patch_size),
+        input_shape=partial(_input_shape, patch_shape(model)[1:]),
         # A plain and a shifted block make one step of the whole: a stage of plain ones would not mix its windows.
         depth_unit=2,
         places=places,
@@ -109,9 +109,9 @@ def describe(model: Any) -> Anatomy:
 
 
 def _stem(model: Any) -> dict[str, Entry]:
-    height, width = model.patch_embed.patch_size
+    channels, height, width = patch_shape(model)
     return {
-        "patch_embed.proj.weight": Entry(f"embed_0, in:{model.in_chans}, {height}, {width}", reads_data=True),
+        "patch_embed.proj.weight": Entry(f"embed_0, in:{channels}, {height}, {width}", reads_data=True),
         "patch_embed.proj.bias": Entry("embed_0"),
         "patch_embed.norm.weight": Entry("embed_0"),
         "patch_embed.norm.bias": Entry("embed_0"),

@@ -66,6 +66,22 @@ def copy_resized(model: nn.Module, anatomy: Anatomy, size: Size, adapt: Callable
     return resized
 
 
+def patch_shape(model: Any) -> tuple[int, int, int]:
+    """Return the channels, height and width of the patches that a model's first convolution reads.
+
+    Raises:
+        AnatomyError: If its patches come from something else than one convolution.
+    """
+    projection = getattr(model.patch_embed, "proj", None)
+    if not isinstance(projection, nn.Conv2d):
+        raise AnatomyError(
+            f"The patches of this {type(model).__name__} come from a {type(model.patch_embed).__name__}, not from one "
+            "convolution. Use a model with timm's PatchEmbed, or register an anatomy of your own."
+        )
+    channels, height, width = projection.weight.shape[1:]
+    return channels, height, width
+
+
 def set_existing(module: nn.Module, **values: Any) -> None:
     """Set those attributes that a module has: they differ between versions of timm."""
     for name, value in values.items():

@@ -11,7 +11,7 @@ from torch import nn
 from lit_accel.anatomy.base import SEQUENCE_PLACES, Anatomy, AnatomyError, Attention, Block, Residual, Size
 from lit_accel.anatomy.layouts import Entry, read_layouts, tied_groups
 from lit_accel.anatomy.registry import register_anatomy
-from lit_accel.anatomy.timm import copy_resized, set_existing
+from lit_accel.anatomy.timm import copy_resized, patch_shape, set_existing
 
 _HEADS = "heads*head_dim"
 _RESIDUALS: dict[str, Residual] = {"Block": "pre_norm", "ResPostBlock": "res_post_norm"}
@@ -62,7 +62,7 @@ def describe(model: Any) -> Anatomy:
         first.mlp.fc1.out_features == 2 * first.mlp.fc2.in_features
     )
     block_table = _BLOCK | _PACKED_GLU if packed else _BLOCK
-    patch_height, patch_width = model.patch_embed.patch_size
+    channels, patch_height, patch_width = patch_shape(model)
     axes = {
         "patches": 0 if model.pos_embed is None else model.pos_embed.shape[1],
         "embed": model.embed_dim,
@@ -79,7 +79,7 @@ def describe(model: Any) -> Anatomy:
         "reg_token": Entry(f"1, {model.num_reg_tokens}, embed"),
         "pos_embed": Entry("1, patches, embed"),
         "patch_embed.proj.weight": Entry(
-            f"embed, in:{model.in_chans}, {patch_height}, {patch_width}", place="patch", reads_data=True
+            f"embed, in:{channels}, {patch_height}, {patch_width}", place="patch", reads_data=True
         ),
         "patch_embed.proj.bias": Entry("embed"),
         **{

@@ -1,5 +1,6 @@
 """Data modules over real data."""
 
+from lit_accel.data.images import ImageDataModule
 from lit_accel.data.text import TextDataModule
 
-__all__ = ["TextDataModule"]
+__all__ = ["ImageDataModule", "TextDataModule"]

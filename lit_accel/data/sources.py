@@ -119,7 +119,7 @@ def open_source(
     if source == "stdlib":
         return _stdlib()
     if source.startswith("hf:"):
-        return HuggingFaceSource(_dataset(source.removeprefix("hf:"), dataset_config, split), text_column)
+        return HuggingFaceSource(open_dataset(source.removeprefix("hf:"), dataset_config, split), text_column)
     path = Path(source).expanduser()
     if path.is_file():
         return FileSource(path.parent, [path])
@@ -146,7 +146,21 @@ def _is_saved_dataset(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _dataset(name: str, config: str | None, split: str) -> Any:
+def open_dataset(name: str, config: str | None, split: str) -> Any:
+    """Opens a Hugging Face dataset.
+
+    Args:
+        name: A folder written by `save_to_disk` if there is one, and else a name on the hub.
+        config: Configuration of a dataset on the hub, where it has several.
+        split: One of its splits.
+
+    Returns:
+        A `datasets.Dataset`.
+
+    Raises:
+        ValueError: If the folder is of another kind, or there is no such split.
+        ImportError: If `datasets` is not installed.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -158,7 +172,7 @@ def _dataset(name: str, config: str | None, split: str) -> Any:
         if path.is_dir():
             raise ValueError(
                 f'source="hf:{name}" is a folder that Dataset.save_to_disk did not write;'
-                f" for a folder of text files leave out the prefix: source={name!r}"
+                f" for a folder of files leave out the prefix: source={name!r}"
             )
         return datasets.load_dataset(name, config, split=split)
     dataset = datasets.load_from_disk(path)

@@ -1,19 +1,16 @@
 """`TextDataModule`: text from a file, the standard library or a Hugging Face dataset, ready for a language model."""
 
-import sys
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as L
 import torch
-import torch.distributed
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lit_accel.data.corpus import Corpus, CorpusSettings, build_corpus, corpus_folder, load_corpus
 from lit_accel.data.masking import mask_tokens
+from lit_accel.data.resuming import Part, ResumableDataModule, require
 from lit_accel.data.sources import TextSource, open_source
 from lit_accel.data.tokenizers import (
     BYTES_VOCAB_SIZE,
@@ -21,20 +18,14 @@ from lit_accel.data.tokenizers import (
     load_tokenizer,
     vocabulary_fingerprint,
 )
-from lit_accel.data.windows import (
-    EvaluationSampler,
-    ResumableDataLoader,
-    TokenWindows,
-    TrainingSampler,
-    WindowTransform,
-)
+from lit_accel.data.windows import EvaluationSampler, TokenWindows, TrainingSampler, WindowTransform
 from lit_accel.draws import generator
 
 _MASKS = 2  # sets the draws of the masks apart from other draws with the same seed
 _PARTS = ("train", "val")
 
 
-class TextDataModule(L.LightningDataModule):
+class TextDataModule(ResumableDataModule):
     """Text as windows of tokens, for causal or masked language modelling.
 
     A batch is a dict of `input_ids` and `labels`, both int64 of shape (batch_size, block_size). There is no
@@ -113,24 +104,18 @@ class TextDataModule(L.LightningDataModule):
         dataset_config: str | None = None,
         split: str = "train",
     ) -> None:
-        super().__init__()
-        _check("objective", objective, objective in ("causal", "masked"), '"causal" or "masked"')
-        _check("mask_probability", mask_probability, 0 < mask_probability < 1, "between 0 and 1")
-        _check("val_fraction", val_fraction, 0 < val_fraction < 1, "between 0 and 1")
-        _check("block_size", block_size, block_size >= 2, "at least 2, a token and the one that follows")
-        _check("batch_size", batch_size, batch_size >= 1, "at least 1")
-        _check("val_batches", val_batches, val_batches is None or val_batches >= 1, "None or at least 1")
-        _check("max_bytes", max_bytes, max_bytes is None or max_bytes >= 2, "None or at least 2")
+        super().__init__(batch_size, val_batches, seed, num_workers)
+        require("objective", objective, objective in ("causal", "masked"), '"causal" or "masked"')
+        require("mask_probability", mask_probability, 0 < mask_probability < 1, "between 0 and 1")
+        require("val_fraction", val_fraction, 0 < val_fraction < 1, "between 0 and 1")
+        require("block_size", block_size, block_size >= 2, "at least 2, a token and the one that follows")
+        require("max_bytes", max_bytes, max_bytes is None or max_bytes >= 2, "None or at least 2")
         if tokenizer == "bpe":
             needed = f"at least {BYTES_VOCAB_SIZE}, the bytes and the special tokens"
-            _check("vocab_size", vocab_size, vocab_size >= BYTES_VOCAB_SIZE, needed)
+            require("vocab_size", vocab_size, vocab_size >= BYTES_VOCAB_SIZE, needed)
         self.block_size = block_size
-        self.batch_size = batch_size
         self.objective = objective
         self.mask_probability = mask_probability
-        self.val_batches = val_batches
-        self.seed = seed
-        self.num_workers = num_workers
         self.cache_dir = Path(cache_dir).expanduser()
         self._settings = CorpusSettings(tokenizer, vocab_size, val_fraction, max_bytes)
         self._source_arguments: dict[str, Any] = {
@@ -140,7 +125,6 @@ class TextDataModule(L.LightningDataModule):
             "dataset_config": dataset_config,
             "split": split,
         }
-        self.set_position(epoch=0)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -183,68 +167,12 @@ class TextDataModule(L.LightningDataModule):
                 'objective="masked" needs a tokenizer with a mask token, and'
                 f' tokenizer="{self._settings.tokenizer}" has none; use "bpe" or "bytes", or add one and save it'
             )
-        if stage == "fit":
-            # A fit that resumes loads its position after this. Another one goes on where its Trainer is, and does
-            # not inherit the position of a Trainer before it.
-            goes_on = self.trainer is not None and self._batches().total.processed > 0
-            self.set_position(*(self._position() if goes_on else (0, 0)))
-
-    def set_position(self, epoch: int, samples: int = 0) -> None:
-        """Chooses where the next `train_dataloader` starts.
-
-        Args:
-            epoch: Epoch, from 0.
-            samples: Windows of that epoch which all processes together have consumed already.
-        """
-        self._epoch, self._samples = epoch, samples
-        self._begun: tuple[int, int] | None = None
-
-    def train_dataloader(self) -> ResumableDataLoader:
-        """The training windows. The first epoch read from it starts at the position; `len` is of a whole epoch."""
-        windows = self._windows("train")
-        epoch, samples = self._start()
-        sampler = TrainingSampler(
-            windows,
-            self.batch_size,
-            **self._replicas(),
-            seed=self.seed,
-            start_epoch=epoch,
-            start_sample=samples,
-            begin=None if self.trainer is None else self._begin_epoch,
-        )
-        return self._loader(windows, sampler)
-
-    def val_dataloader(self) -> ResumableDataLoader:
-        """The held-out windows, in a fixed order, with fixed masks. The last batch may be smaller."""
-        windows = self._windows("val")
-        max_windows = None if self.val_batches is None else self.val_batches * self.batch_size
-        return self._loader(windows, EvaluationSampler(windows, **self._replicas(), max_windows=max_windows))
-
-    def test_dataloader(self) -> ResumableDataLoader:
-        """The same as `val_dataloader`: there is one held-out part."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> ResumableDataLoader:
-        """The same as `val_dataloader`: there is one held-out part."""
-        return self.val_dataloader()
-
-    # Resuming. torchdata's StatefulDataLoader was tried first, with a checkpoint at every batch, validation and end of
-    # epoch (torchdata 0.11, Lightning 2.6). It goes on with other batches in three cases: one written after the last
-    # batch of an epoch restores an exhausted iterator, which costs a whole epoch; one written at the end of an epoch
-    # under `max_steps`; and with workers, one at or just after the end of an epoch, because Lightning makes the
-    # iterator, which prefetches, before it calls `set_epoch`. So the position is worked out from the number of
-    # batches that Lightning has trained on, and the sampler is there before any iterator is made.
+        super().setup(stage)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, and what it is a position in."""
-        epoch, samples = self._position()
-        return {
-            "version": 1,
-            "epoch": epoch,
-            "samples": samples,
-            "tokens": self._corpus.tokens_fingerprint,
-            "vocabulary": self._vocabulary,
-        }
+        tokens = self._corpus.tokens_fingerprint
+        return {**super().state_dict(), "tokens": tokens, "vocabulary": self._vocabulary}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a position. Call it after `setup("fit")`, as Lightning does.
@@ -261,65 +189,8 @@ class TextDataModule(L.LightningDataModule):
         if state_dict["tokens"] == self._corpus.tokens_fingerprint:
             self.set_position(state_dict["epoch"], state_dict["samples"])
             return
-        self.set_position(state_dict["epoch"])
-        rank_zero_warn(
-            "the checkpoint was trained on another text, or with another max_bytes or val_fraction; the data of the"
-            f" current epoch ({state_dict['epoch']}) starts at the beginning"
-        )
-
-    def _start(self) -> tuple[int, int]:
-        """Epoch in which the next loader starts, and windows of it that have been consumed."""
-        if self._begun is None and self.trainer is not None:
-            batches, fit_loop = self._batches(), self.trainer.fit_loop
-            whole = batches.is_last_batch and batches.current.completed == batches.current.ready > 0
-            if fit_loop.restarting and whole:
-                # The checkpoint is one of a finished epoch. With `max_steps` Lightning enters that epoch once more,
-                # and would train on one batch too many in it; there must be none left.
-                return self._epoch - 1, sys.maxsize
-        return self._position()
-
-    def _begin_epoch(self, lightning_epoch: int) -> tuple[int, int]:
-        """Counts epochs when Lightning begins one, and returns where to start.
-
-        Lightning's own number is not used: after a resume it can begin an epoch, find that it has no batches left,
-        and begin another. An epoch that trained on nothing is not one here.
-        """
-        if self._begun is None:
-            start = self._start()
-        else:
-            if self._num_trained() > 0:
-                self._epoch, self._samples = self._epoch + 1, 0
-            start = self._epoch, self._samples
-        self._begun = lightning_epoch, self._batches().total.processed
-        return start
-
-    def _position(self) -> tuple[int, int]:
-        """Epoch, and windows of it that all processes together have trained on."""
-        num_trained = self._num_trained()
-        if num_trained == 0:
-            return self._epoch, self._samples
-        assert self.trainer is not None
-        assert self._begun is not None
-        fit_loop: Any = self.trainer.fit_loop
-        batches = fit_loop.epoch_loop.batch_progress
-        ended = fit_loop.epoch_progress.current.processed > self._begun[0]
-        # Lightning goes on in an epoch that was stopped early only if `max_steps` is set; else it begins another.
-        if batches.current.processed >= fit_loop.max_batches or (
-            ended and (batches.is_last_batch or self.trainer.max_steps == -1)
-        ):
-            return self._epoch + 1, 0
-        return self._epoch, self._samples + num_trained * self.batch_size * self._replicas()["num_replicas"]
-
-    def _num_trained(self) -> int:
-        """Batches that this process has trained on since the epoch began; 0 before the first."""
-        if self._begun is None or self.trainer is None:
-            return 0
-        # `processed` counts a batch before the hooks that save checkpoints run, and `completed` only after them.
-        return self._batches().total.processed - self._begun[1]
-
-    def _batches(self) -> Any:
-        assert self.trainer is not None
-        return self.trainer.fit_loop.epoch_loop.batch_progress
+        why = "the checkpoint was trained on another text, or with another max_bytes or val_fraction"
+        self._start_epoch_again(state_dict["epoch"], why)
 
     def _open_source(self) -> TextSource:
         return open_source(**self._source_arguments)
@@ -342,11 +213,18 @@ class TextDataModule(L.LightningDataModule):
     def _vocabulary(self) -> str:
         return vocabulary_fingerprint(self.tokenizer)
 
-    def _windows(self, part: Literal["train", "val"]) -> TokenWindows:
+    def dataset(self, part: Part) -> TokenWindows:
+        """The windows of the training text or of the held-out text."""
         corpus = self._corpus
         num_tokens = corpus.num_train_tokens if part == "train" else corpus.num_val_tokens
         path = self._folder / f"{part}.bin"
         return TokenWindows(path, corpus.dtype, num_tokens, self.block_size, self._transform(part))
+
+    def _training_sampler(self, dataset: TokenWindows, **position: Any) -> TrainingSampler:
+        return TrainingSampler(dataset, self.batch_size, **position)
+
+    def _evaluation_sampler(self, dataset: TokenWindows, max_samples: int | None) -> EvaluationSampler:
+        return EvaluationSampler(dataset, **self._replicas(), max_windows=max_samples)
 
     def _transform(self, part: str) -> WindowTransform:
         if self.objective == "causal":
@@ -362,29 +240,6 @@ class TextDataModule(L.LightningDataModule):
             probability=self.mask_probability,
         )
 
-    def _loader(self, windows: TokenWindows, sampler: TrainingSampler | EvaluationSampler) -> ResumableDataLoader:
-        return ResumableDataLoader(
-            windows,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def _replicas(self) -> dict[str, int]:
-        """Number of processes that split the data, and this one's place among them."""
-        if self.trainer is not None:
-            # Where processes share one batch (tensor parallelism) the strategy counts fewer than there are.
-            default = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
-            return getattr(self.trainer.strategy, "distributed_sampler_kwargs", default)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return {
-                "num_replicas": torch.distributed.get_world_size(),
-                "rank": torch.distributed.get_rank(),
-            }
-        return {"num_replicas": 1, "rank": 0}
-
 
 def _causal(ids_t: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
     return ids_t, ids_t.clone()
@@ -392,8 +247,3 @@ def _causal(ids_t: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
 
 def _masked(ids_t: Tensor, epoch: int, index: int, *, keys: tuple[int, ...], **settings: Any) -> tuple[Tensor, Tensor]:
     return mask_tokens(ids_t, generator(*keys, epoch, index), **settings)
-
-
-def _check(name: str, value: object, is_valid: bool, allowed: str) -> None:
-    if not is_valid:
-        raise ValueError(f"{name} must be {allowed}, and is {value!r}")

@@ -8,17 +8,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lit_accel.resizing import ResizableMixin
 from lit_accel.tasks.hugging_face import build_transformer
-from lit_accel.tasks.metrics import TokenMean, TokenPerplexity
-from lit_accel.tasks.optimization import weight_decay_groups
-from lit_accel.tasks.warmup_decay import WarmupDecay
+from lit_accel.tasks.metrics import SampleMean, TokenPerplexity
+from lit_accel.tasks.transformer_task import TransformerTask
 
 # The label of a position without a target, by the convention of Hugging Face and of torch's cross entropy.
 IGNORED_LABEL = -100
@@ -41,7 +37,7 @@ def token_cross_entropy(logits_btv: Tensor, targets_bt: Tensor) -> tuple[Tensor,
     return total / num_targets.clamp(min=1), num_targets
 
 
-class LanguageModeling(ResizableMixin, LightningModule):
+class LanguageModeling(TransformerTask):
     """A Hugging Face language model with its loss, held-out metrics and optimizer; base of the tasks.
 
     The transformer is the attribute ``model``; its parameters are all this module has. A batch is a mapping
@@ -86,28 +82,17 @@ class LanguageModeling(ResizableMixin, LightningModule):
         weight_decay: float | None = None,
         compile_blocks: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler, weight_decay, compile_blocks)
         # Callables are no primitives: with them a checkpoint could not be read with weights_only=True.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.model = build_transformer(
             self.auto_class, model, pretrained=pretrained, overrides=overrides, vocab_size=vocab_size
         )
-        self._optimizer = optimizer
-        self._lr_scheduler = lr_scheduler
-        self._weight_decay = weight_decay
-        self._compile_blocks = compile_blocks
         self._held_out = nn.ModuleDict({"val": _held_out_metrics(), "test": _held_out_metrics()})
 
     @abstractmethod
     def targets(self, labels_bt: Tensor) -> Tensor:
         """Return the token each position is to predict, -100 where there is none, shape (b, t)."""
-
-    def configure_model(self) -> None:
-        """Compile the blocks, if that was asked for."""
-        if self._compile_blocks:
-            from lit_accel.anatomy import compile_blocks
-
-            compile_blocks(self.model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Score every token of the vocabulary at every position.
@@ -136,33 +121,6 @@ class LanguageModeling(ResizableMixin, LightningModule):
         """Add the batch to ``test/loss``, ``test/perplexity`` and ``test/accuracy``."""
         self._evaluate(batch, "test")
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make the optimizer over the present parameters, and its scheduler.
-
-        It keeps nothing: after the model was resized, it is called again for the new parameters.
-        """
-        optimizer = self._optimizer(weight_decay_groups(self, self._weight_decay))
-        if self._lr_scheduler is None:
-            return optimizer
-        scheduler = self._lr_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return {
-                "optimizer": optimizer,
-                "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor},
-            }
-        if isinstance(scheduler, WarmupDecay) and scheduler.needs_total:
-            scheduler.bind(self._num_total_steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _num_total_steps(self) -> int:
-        num_total_steps = self.trainer.estimated_stepping_batches
-        if num_total_steps == float("inf"):
-            raise ValueError(
-                "WarmupDecay has to know when the run ends: set trainer.max_steps or trainer.max_epochs, "
-                "or give it num_total_steps."
-            )
-        return int(num_total_steps)
-
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
         logits_btv = self(batch["input_ids"], batch.get("attention_mask"))
         targets_bt = self.targets(batch["labels"])
@@ -176,4 +134,4 @@ class LanguageModeling(ResizableMixin, LightningModule):
 
 
 def _held_out_metrics() -> nn.ModuleDict:
-    return nn.ModuleDict({"loss": TokenMean(), "perplexity": TokenPerplexity(), "accuracy": TokenMean()})
+    return nn.ModuleDict({"loss": SampleMean(), "perplexity": TokenPerplexity(), "accuracy": SampleMean()})

@@ -1,12 +1,12 @@
-"""Means over the tokens of a whole held-out set, however they fall into batches and ranks."""
+"""Means over the tokens or images of a whole held-out set, however they fall into batches and ranks."""
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 
-class TokenMean(Metric):
-    """The mean over tokens of a quantity that comes as one mean a batch.
+class SampleMean(Metric):
+    """The mean over samples (tokens or images) of a quantity that comes as one mean a batch.
 
     Not torchmetrics' ``MeanMetric``: that one either searches every batch for NaN, waiting for the device, or
     (``nan_strategy="disable"``, torchmetrics 1.9) ignores the weights. Here a NaN shows in the result.
@@ -14,30 +14,30 @@ class TokenMean(Metric):
 
     full_state_update = False
     total: Tensor
-    num_tokens: Tensor
+    num_samples: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         # Whole numbers, because single precision counts only to 16 million.
-        self.add_state("num_tokens", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("num_samples", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, mean: Tensor, num_tokens: Tensor) -> None:
+    def update(self, mean: Tensor, num_samples: Tensor) -> None:
         """Add a batch.
 
         Args:
-            mean: Mean over the batch's tokens, a scalar.
-            num_tokens: How many there were, a scalar; 0 adds nothing.
+            mean: Mean over the batch's samples, a scalar.
+            num_samples: How many there were, a scalar; 0 adds nothing.
         """
-        self.total += mean * num_tokens
-        self.num_tokens += num_tokens
+        self.total += mean * num_samples
+        self.num_samples += num_samples
 
     def compute(self) -> Tensor:
-        """Return the mean over every token since the last reset, NaN if there was none."""
-        return self.total / self.num_tokens
+        """Return the mean over every sample since the last reset, NaN if there was none."""
+        return self.total / self.num_samples
 
 
-class TokenPerplexity(TokenMean):
+class TokenPerplexity(SampleMean):
     """The exponential of the mean loss; torchmetrics' own takes a second softmax over the vocabulary."""
 
     def compute(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Hand a finished model on as an ordinary Hugging Face folder."""
+"""Hand a finished model on as an ordinary folder of Hugging Face's or timm's."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 class SavePretrained(Callback):
     """Save the transformer, and the data module's tokenizer, with ``save_pretrained`` when ``fit`` ends.
 
-    The folder is what ``transformers`` itself writes: nothing of this package is needed to load it. Rank zero
+    The folder is what ``transformers`` or timm itself writes: nothing of this package is needed to load it. Rank zero
     writes, so the strategy must keep whole parameters on each rank (a single device, DDP).
 
     Args:
@@ -18,6 +18,7 @@ class SavePretrained(Callback):
 
         >>> trainer = Trainer(callbacks=[SavePretrained("runs/gpt2/final")])  # doctest: +SKIP
         >>> AutoModelForCausalLM.from_pretrained("runs/gpt2/final")  # doctest: +SKIP
+        >>> timm.create_model("local-dir:runs/deit/final", pretrained=True)  # doctest: +SKIP
     """
 
     def __init__(self, folder: str) -> None:
@@ -27,7 +28,9 @@ class SavePretrained(Callback):
         """Write the folder on rank zero, unless this is a ``fast_dev_run``, which saves nothing."""
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        pl_module.model.save_pretrained(self.folder)  # type: ignore[union-attr, operator]
+        # A task whose model cannot write itself, as timm's cannot, does so.
+        writer = pl_module if hasattr(pl_module, "save_pretrained") else pl_module.model
+        writer.save_pretrained(self.folder)  # type: ignore[union-attr, operator]
         save_tokenizer = getattr(getattr(trainer, "datamodule", None), "save_tokenizer", None)
         if save_tokenizer is not None:
             save_tokenizer(self.folder)

@@ -1,0 +1,85 @@
+"""Build a timm model from a name, and refuse what contradicts the data."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+
+def classifier_arguments(
+    model: str,
+    model_kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    image_size: int | None = None,
+) -> dict[str, Any]:
+    """Join a model's own arguments with what the data says.
+
+    Args:
+        model: A model of timm.
+        model_kwargs: Arguments of its class.
+        num_classes: Classes of the data; ``None`` keeps the model's.
+        in_chans: Channels of the images; ``None`` keeps the model's.
+        image_size: Side of the images; only passed to a model that timm registers with a fixed input size.
+
+    Returns:
+        Keywords for ``timm.create_model``.
+
+    Raises:
+        ValueError: If timm has no such model, or ``model_kwargs`` contradicts the data.
+    """
+    import timm  # takes a second, and language models need none of it
+
+    # hf-hub:NAME and local-dir:FOLDER are no names of timm's own.
+    if ":" not in model and not timm.is_model(model):
+        close = difflib.get_close_matches(model, timm.list_models(), n=3)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ValueError(f"timm has no model {model!r}; timm.list_models() names them all.{hint}")
+    arguments = dict(model_kwargs or {})
+    config = None if ":" in model else timm.get_pretrained_cfg(model)
+    if config is None or not config.fixed_input_size:
+        image_size = None
+    for name, source, value in (
+        ("num_classes", "num_classes", num_classes),
+        ("in_chans", "in_chans", in_chans),
+        ("img_size", "image_size", image_size),
+    ):
+        if value is None:
+            continue
+        given = arguments.setdefault(name, value)
+        if given not in (value, [value, value], (value, value)):
+            raise ValueError(
+                f"model_kwargs says {name}={given}, but the data has {source}={value}. Leave it out of model_kwargs."
+            )
+    return arguments
+
+
+def build_classifier(model: str, arguments: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    """Build a classifier in training mode.
+
+    Args:
+        model: A model of timm.
+        arguments: Keywords of ``timm.create_model``.
+        pretrained: Whether to take the published weights.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If timm cannot build it from these arguments, or it has fewer than two outputs.
+    """
+    import timm
+
+    try:
+        classifier = timm.create_model(model, pretrained=pretrained, **arguments)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise ValueError(
+            f"timm cannot build {model!r} from model_kwargs and the shape of the data, {dict(arguments)}: {error!r}"
+        ) from error
+    if int(classifier.num_classes) < 2:  # type: ignore[arg-type]
+        raise ValueError(
+            f"{model!r} has num_classes={classifier.num_classes}; classification needs at least two, so set num_classes"
+        )
+    return classifier
