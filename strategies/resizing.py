@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 from torch.optim import Optimizer
 
 from lit_accel.resizing import OptimizerState, require_all_optimized
@@ -88,9 +89,9 @@ class ResizeMixin(Strategy):
                 "decision must be the same on all ranks: make it a function of trainer.global_step."
             )
         num_before = sum(parameter.numel() for parameter in module.parameters())
-        options = [_group_options(optimizer) for optimizer in self.optimizers]
+        options = [group_options(optimizer) for optimizer in self.optimizers]
         schedules = [config.scheduler.state_dict() for config in self.lr_scheduler_configs]
-        old_state = _named_state(module, self.optimizers) if carry is not None else {}
+        old_state = self._named_state(module) if carry is not None else {}
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
@@ -120,11 +121,11 @@ class ResizeMixin(Strategy):
             self._pl_static_graph_delay_done = False
         self.setup(trainer)
         require_all_optimized(module, self.optimizers)
-        _restore_options(options, self.optimizers)
+        restore_options(options, self.optimizers)
         for config, state in zip(self.lr_scheduler_configs, schedules, strict=True):
             config.scheduler.load_state_dict(state)
         if carry is not None:
-            _load_named_state(carry(old_state), module, self.optimizers)
+            self._load_named_state(carry(old_state), module)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.barrier("resize")
@@ -137,15 +138,48 @@ class ResizeMixin(Strategy):
         self.resizes.append(event)
         return event
 
+    def _named_state(self, module: L.LightningModule) -> OptimizerState:
+        states = {id(p): state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+        # To gather is collective: its order must not be that of dictionaries, which may differ between ranks.
+        return {
+            name: {key: self.whole(states[id(parameter)][key]) for key in sorted(states[id(parameter)])}
+            for name, parameter in module.named_parameters()
+            if id(parameter) in states
+        }
 
-def _group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    def _load_named_state(self, state: OptimizerState, module: L.LightningModule) -> None:
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    entry = state.get(names[id(parameter)])
+                    if entry is not None:
+                        placed = {key: self.placed(value, parameter) for key, value in entry.items()}
+                        optimizer.state[parameter] = placed
+
+    def whole(self, value: Any) -> Any:
+        """Return an entry of an optimizer's state as ``carry`` is to see it."""
+        return value
+
+    def placed(self, value: Any, parameter: nn.Parameter) -> Any:
+        """Return an entry of a parameter's state, from ``carry``, as its optimizer is to hold it."""
+        return value
+
+
+def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return what an optimizer's parameter groups hold besides the parameters, such as learning rates."""
     return [
         {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for group in optimizer.param_groups
     ]
 
 
-def _restore_options(options: list[list[dict[str, Any]]], optimizers: list[Optimizer]) -> None:
+def restore_options(options: list[list[dict[str, Any]]], optimizers: list[Optimizer]) -> None:
+    """Put back what :func:`group_options` returned, an entry an optimizer.
+
+    Raises:
+        MisconfigurationException: If the optimizers have other numbers of groups.
+    """
     new = [len(optimizer.param_groups) for optimizer in optimizers]
     old = [len(groups) for groups in options]
     if new != old:
@@ -156,23 +190,3 @@ def _restore_options(options: list[list[dict[str, Any]]], optimizers: list[Optim
     for optimizer, groups in zip(optimizers, options, strict=True):
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
             group.update(saved)
-
-
-def _named_state(module: L.LightningModule, optimizers: list[Optimizer]) -> OptimizerState:
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return {
-        names[id(parameter)]: dict(state)
-        for optimizer in optimizers
-        for parameter, state in optimizer.state.items()
-        if id(parameter) in names
-    }
-
-
-def _load_named_state(state: OptimizerState, module: L.LightningModule, optimizers: list[Optimizer]) -> None:
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                entry = state.get(names[id(parameter)])
-                if entry is not None:
-                    optimizer.state[parameter] = entry

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from lit_accel.anatomy.base import Anatomy, AnatomyError, Size
 
-_COMPILE_OPTIONS = "_lit_accel_compile_options"
+COMPILE_OPTIONS = "_lit_accel_compile_options"
 _CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
@@ -56,7 +56,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     for block in anatomy_of(model).blocks:
         module = model.get_submodule(block.path)
         module.compile(**options)
-        setattr(module, _COMPILE_OPTIONS, dict(options))
+        setattr(module, COMPILE_OPTIONS, dict(options))
 
 
 def build_resized(model: nn.Module, anatomy: Anatomy, size: Size) -> nn.Module:
@@ -95,10 +95,10 @@ def build_resized(model: nn.Module, anatomy: Anatomy, size: Size) -> nn.Module:
     for new in target.blocks:
         old_module = model.get_submodule(first_path[new.stage])
         if getattr(old_module, "_compiled_call_impl", None) is not None:
-            options = getattr(old_module, _COMPILE_OPTIONS, {})
+            options = getattr(old_module, COMPILE_OPTIONS, {})
             module = resized.get_submodule(new.path)
             module.compile(**options)
-            setattr(module, _COMPILE_OPTIONS, options)
+            setattr(module, COMPILE_OPTIONS, options)
     old_modules = dict(model.named_modules())
     for name, module in resized.named_modules():
         for new in target.blocks:
@@ -143,7 +143,7 @@ def loses_compilation(model: nn.Module, anatomy: Anatomy) -> bool:
     """Whether a resize would lose a compilation, or its options: only :func:`compile_blocks` is carried over."""
     blocks = [model.get_submodule(block.path) for block in anatomy.blocks]
     compiled = [module for module in model.modules() if getattr(module, "_compiled_call_impl", None) is not None]
-    return any(module not in blocks or not hasattr(module, _COMPILE_OPTIONS) for module in compiled)
+    return any(module not in blocks or not hasattr(module, COMPILE_OPTIONS) for module in compiled)
 
 
 def require_blocks_alike(model: nn.Module, anatomy: Anatomy) -> None:

@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed import cycle
+from tests.distributed.launch import launch
 from tests.distributed.schedule import PHASES, STEPS, SWITCHES
 
-# Real processes, forked from one that has done the imports.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.distributed.cycle"])
 # Each switch exactly, and the inside of each phase.
 KILLS = sorted({*SWITCHES, 1, 4, 8, 11, STEPS - 2})
-
-
-def rank_main(rank: int, port: int, folder: Path, devices: int, kill_at: int | None) -> None:
-    if devices > 1:
-        # What torchrun tells its workers; Lightning then starts no processes of its own.
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            WORLD_SIZE=str(devices),
-            NODE_RANK="0",
-            LOCAL_RANK=str(rank),
-        )
-    cycle.main(folder, devices, kill_at)
 
 
 def run(folder: Path, devices: int, kill_at: int | None = None) -> None:
     """Run the cycle, one process a rank, and see that each ended as it should."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [CONTEXT.Process(target=rank_main, args=(rank, port, folder, devices, kill_at)) for rank in range(devices)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout=120)
-        rank.kill()
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0 if kill_at is None else -signal.SIGKILL] * devices
+    launch(cycle.main, folder, devices, kill_at, devices=devices, exitcode=0 if kill_at is None else -signal.SIGKILL)
 
 
 @pytest.mark.processes

@@ -37,9 +37,9 @@ def fit(tmp_path, callback, *others, module=None, **kwargs):
         assert module.losses == []
 
 
-@pytest.mark.parametrize("strategy", ["auto", "ddp"])
-def test_a_stock_strategy(tmp_path, strategy):
-    with pytest.raises(MisconfigurationException, match='strategy="resizable"'):
+@pytest.mark.parametrize(("strategy", "instead"), [("auto", "resizable"), ("ddp", "resizable_ddp")])
+def test_a_stock_strategy(tmp_path, strategy, instead):
+    with pytest.raises(MisconfigurationException, match=f'strategy="{instead}"'):
         fit(tmp_path, MultiLevelTraining(), strategy=strategy)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

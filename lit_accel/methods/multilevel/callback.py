@@ -59,8 +59,8 @@ class MultiLevelTraining(L.Callback):
 
     On the way down the present model is stored and coalesced into the next smaller level; on the way up the
     trained small model is de-coalesced and merged into the stored one. The level is a function of the optimizer
-    step alone, so a resumed run is where it was. Needs a strategy that can resize: ``resizable`` or
-    ``resizable_ddp``.
+    step alone, so a resumed run is where it was. Needs a strategy that can resize: ``resizable``, ``resizable_ddp`` or
+    ``resizable_model_parallel``.
 
     Args:
         levels: The smaller levels, each in relation to the one above; default is one of half width and depth.

@@ -56,7 +56,7 @@ def project_optimizer_state(
     operator: Operator = "decoalesce_t" if direction == "down" else "coalesce_t"
     keys = {key for entry in state.values() for key, value in entry.items() if value is not None}
     projected: dict[str, dict[str, Tensor]] = {}
-    for key in sorted(keys, key=lambda key: key in _KEPT):
+    for key in sorted(keys, key=lambda key: (key in _KEPT, key)):
         values = {name: entry[key] for name, entry in state.items() if entry.get(key) is not None}
         if key in _KEPT:
             for name, entry in projected.items():

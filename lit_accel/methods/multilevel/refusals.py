@@ -10,6 +10,15 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceXLAStrategy,
+    Strategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -20,6 +29,13 @@ from lit_accel.methods.multilevel.moments import SUPPORTED_OPTIMIZERS, Optimizer
 from lit_accel.methods.multilevel.phases import LearningRatePolicy
 from lit_accel.resizing import ResizableStrategy, require_all_optimized
 
+# What to use instead of Lightning's own; the first that fits, for some are subclasses of others.
+_RESIZABLE: dict[type, str] = {
+    FSDPStrategy: "resizable_model_parallel",
+    DeepSpeedStrategy: "resizable_model_parallel",
+    ModelParallelStrategy: "resizable_model_parallel",
+    DDPStrategy: "resizable_ddp",
+}
 # Each keeps parameters, or copies of them, that a resize leaves behind.
 _INCOMPATIBLE: dict[type, str] = {
     WeightAveraging: "averages weights of one size",
@@ -96,13 +112,7 @@ def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, *, changes_l
             "A learning rate that depends on the phase needs automatic optimization: in manual optimization nobody "
             'but the module knows when its schedulers step. Use learning_rate="continue" with lr_scale 1.'
         )
-    strategy = trainer.strategy
-    if not isinstance(strategy, ResizableStrategy):
-        raise MisconfigurationException(
-            f"MultiLevelTraining changes the model's size in mid-training, which {type(strategy).__name__} cannot. "
-            'Use Trainer(strategy="resizable") for one device or "resizable_ddp" for several, after '
-            "`import lit_accel`."
-        )
+    _check_strategy(trainer.strategy)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, reason in _INCOMPATIBLE.items():
             if isinstance(callback, kind):
@@ -141,6 +151,21 @@ def check_merging(trainer: L.Trainer, pl_module: L.LightningModule, numbers: lis
                 "merge_batches needs automatic optimization: in manual optimization nobody but the module knows which "
                 "micro-batches make an optimizer step. Set merge_batches=1."
             )
+
+
+def _check_strategy(strategy: Strategy) -> None:
+    if isinstance(strategy, ResizableStrategy):
+        return
+    if isinstance(strategy, (XLAStrategy, SingleDeviceXLAStrategy)):
+        instead = "There is no strategy for TPUs that can."
+    else:
+        name = next((name for kind, name in _RESIZABLE.items() if isinstance(strategy, kind)), "resizable")
+        instead = f'Use Trainer(strategy="{name}") instead, after `import lit_accel`.'
+    raise MisconfigurationException(
+        f"MultiLevelTraining changes the model's size in mid-training, which {type(strategy).__name__} cannot. "
+        f'{instead} There is "resizable" for one device, "resizable_ddp" for several, and "resizable_model_parallel" '
+        "for several that share one copy of the weights (FSDP2)."
+    )
 
 
 def check_optimizers(
