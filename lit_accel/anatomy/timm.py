@@ -101,7 +101,7 @@ def _hooks_memo(model: nn.Module) -> dict[int, Any]:
     return memo
 
 
-def _adapt_layer(module: nn.Module) -> None:
+def _adapt_layer(module: Any) -> None:
     weight = module._parameters.get("weight")
     if weight is None:
         if getattr(module, "normalized_shape", None) is not None:
@@ -118,7 +118,7 @@ def _adapt_layer(module: nn.Module) -> None:
 
 
 def _drop_path_rates(model: nn.Module) -> Iterable[float]:
-    return (module.drop_prob for module in model.modules() if _is_drop_path(module))
+    return (float(vars(module)["drop_prob"]) for module in model.modules() if _is_drop_path(module))
 
 
 def _is_drop_path(module: nn.Module) -> bool:

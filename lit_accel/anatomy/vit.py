@@ -47,7 +47,8 @@ def describe(model: Any) -> Anatomy:
         AnatomyError: If it has blocks of another kind, another pooling than of tokens, or drops patches at random.
     """
     first = model.blocks[0]
-    kind = type(first).__name__
+    # Through the bases: sharding puts a class of its own in front.
+    kind = next((cls.__name__ for cls in type(first).__mro__ if cls.__name__ in _RESIDUALS), type(first).__name__)
     if kind not in _RESIDUALS:
         raise AnatomyError(
             f"The blocks of this {type(model).__name__} are {kind}s; known are {', '.join(_RESIDUALS)}. Use a model "

@@ -168,15 +168,18 @@ class ImageClassification(TransformerTask):
         """Score every class of each image: logits of shape (b, n)."""
         return self(batch[0])
 
-    def save_pretrained(self, folder: str) -> None:
+    def save_pretrained(self, folder: str, model: nn.Module | None = None) -> None:
         """Write the model as timm does: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it.
 
         Args:
             folder: Where to write; created if missing.
+            model: What to write instead of ``self.model``, such as what a strategy has gathered of it.
         """
         from timm.models import save_for_hf
 
-        save_for_hf(self.model, folder, model_args=self._model_args, safe_serialization=True)
+        save_for_hf(
+            self.model if model is None else model, folder, model_args=self._model_args, safe_serialization=True
+        )
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         images_bchw, targets_b = batch

@@ -1,5 +1,7 @@
 """Hand a finished model on as an ordinary folder of Hugging Face's or timm's."""
 
+from typing import Any
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -8,7 +10,8 @@ class SavePretrained(Callback):
     """Save the transformer, and the data module's tokenizer, with ``save_pretrained`` when ``fit`` ends.
 
     The folder is what ``transformers`` or timm itself writes: nothing of this package is needed to load it. Rank zero
-    writes, so the strategy must keep whole parameters on each rank (a single device, DDP).
+    writes. The strategy must keep whole parameters on each rank (a single device, DDP), or be able to gather them
+    (``resizable_model_parallel``).
 
     Args:
         folder: Where to write; created if missing. The tokenizer is written if the data module has a method
@@ -26,11 +29,18 @@ class SavePretrained(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder on rank zero, unless this is a ``fast_dev_run``, which saves nothing."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # A task whose model cannot write itself, as timm's cannot, does so.
-        writer = pl_module if hasattr(pl_module, "save_pretrained") else pl_module.model
-        writer.save_pretrained(self.folder)  # type: ignore[union-attr, operator]
+        # Where the model is sharded, all ranks take part in putting it together.
+        gather = getattr(trainer.strategy, "gather_transformer", None)
+        model: Any = pl_module.model if gather is None else gather()
+        if not trainer.is_global_zero:
+            return
+        if hasattr(pl_module, "save_pretrained"):
+            # A task whose model cannot write itself, as timm's cannot, does so.
+            pl_module.save_pretrained(self.folder, model)  # type: ignore[operator]
+        else:
+            model.save_pretrained(self.folder)
         save_tokenizer = getattr(getattr(trainer, "datamodule", None), "save_tokenizer", None)
         if save_tokenizer is not None:
             save_tokenizer(self.folder)

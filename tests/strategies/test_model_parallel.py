@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import lightning.pytorch as L
 import pytest
+import timm
 import torch
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -19,11 +22,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lit_accel import MultiLevelTraining
+from lit_accel import Level, MultiLevelTraining, Phase
 from lit_accel.anatomy import AnatomyError, anatomy_of
+from lit_accel.data import ImageDataModule
 from lit_accel.methods.multilevel import coalesce, level_map
 from lit_accel.methods.multilevel.refusals import check_trainer
 from lit_accel.strategies import ResizableModelParallelStrategy
+from lit_accel.tasks import ImageClassification, SavePretrained
 from tests.training import TinyModule, loader, make_trainer
 
 NAME = "resizable_model_parallel"
@@ -239,3 +244,32 @@ def test_stock_strategies_are_refused(tmp_path, stock, instead):
     match = "no strategy for TPUs" if instead is None else f'strategy="{instead}"'
     with pytest.raises(MisconfigurationException, match=match):
         check_trainer(trainer, module, changes_lr=False)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "swinv2_tiny_window8_256"])
+def test_timm_models_go_through_a_sharded_cycle(tmp_path, name):
+    """Their copies at another size have buffers and attributes of their own; the final folder is what timm loads."""
+    swin = "swin" in name
+    shape = {"depths": [2, 4], "window_size": 2} if swin else {"depth": 4}
+    shape |= {"num_heads": [2, 4] if swin else 4, "embed_dim": 16, "patch_size": 4, "drop_path_rate": 0.0}
+    states = {}
+    for strategy in ("resizable", NAME):
+        L.seed_everything(0, verbose=False)
+        task = ImageClassification(
+            name,
+            model_kwargs=shape,
+            num_classes=10,
+            in_chans=1,
+            image_size=16,
+            optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
+        )
+        levels = [Level(width=2, depth=2)]
+        method = MultiLevelTraining(levels, [Phase(0, 1), Phase(1, 2), Phase(0)])
+        saved = SavePretrained(str(tmp_path / strategy))
+        trainer = make_trainer(tmp_path, callbacks=[method, saved], strategy=strategy, max_steps=4, limit_val_batches=1)
+        trainer.fit(task, ImageDataModule(image_size=16, in_chans=1, batch_size=8))
+        loaded = timm.create_model(f"local-dir:{tmp_path / strategy}", pretrained=True)
+        states[strategy] = loaded.state_dict()
+        assert len(trainer.strategy.resizes) == 2
+    for key, value in states["resizable"].items():
+        torch.testing.assert_close(states[NAME][key], value, rtol=0, atol=1e-6, msg=key)

@@ -17,7 +17,7 @@ from lit_accel.anatomy import (
     anatomy_of,
     find_transformer,
 )
-from lit_accel.methods.multilevel.learning_rate import apply_lr_factor, restore_scheduled_lr
+from lit_accel.methods.multilevel.learning_rate import LearningRateFactor
 from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, LevelMap, WidthGrouping, grown_size, level_map
 from lit_accel.methods.multilevel.micro_batches import MicroBatchMerger
 from lit_accel.methods.multilevel.moments import OptimizerStatePolicy
@@ -168,6 +168,7 @@ class MultiLevelTraining(L.Callback):
         self._start_size: Size | None = None
         self._stored = StoredLevels(self.interpolation, self.optimizer_state, 0.02 if fresh_std is None else fresh_std)
         self._merger: MicroBatchMerger | None = None
+        self._lr: LearningRateFactor | None = None
 
     # Before training
 
@@ -273,21 +274,19 @@ class MultiLevelTraining(L.Callback):
             self._merger = MicroBatchMerger(trainer)
             self._merger.num_merged = self._num_merged
         if self._changes_lr:
-            scheduler_step = pl_module.lr_scheduler_step
-
-            def restore_then_step(*args: Any) -> None:
-                restore_scheduled_lr(trainer.optimizers)
-                scheduler_step(*args)
-
-            pl_module.lr_scheduler_step = restore_then_step  # type: ignore[assignment, method-assign]
-            self._apply_lr(trainer)
+            self._lr = LearningRateFactor(trainer, pl_module)
+        self._apply_lr(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave no hook behind."""
-        vars(pl_module).pop("lr_scheduler_step", None)
-        if self._merger is not None:
-            self._merger.close()
-            self._merger = None
+        """Leave nothing behind on the module or the strategy."""
+        for change in (self._lr, self._merger):
+            if change is not None:
+                change.close()
+        self._lr = self._merger = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind either; Lightning does not call ``teardown`` then."""
+        self.teardown(trainer, pl_module, "fit")
 
     def _present_level(self, pl_module: L.LightningModule) -> int:
         size = anatomy_of(find_transformer(pl_module)[1]).size
@@ -314,8 +313,7 @@ class MultiLevelTraining(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Set the learning rate of the next step."""
-        if self._changes_lr:
-            self._apply_lr(trainer)
+        self._apply_lr(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if the run was stopped while the model was small."""
@@ -381,8 +379,7 @@ class MultiLevelTraining(L.Callback):
             self._stored.drop(level)
         if self._merger is not None:
             self._merger.num_merged = self._num_merged
-        if self._changes_lr:
-            self._apply_lr(trainer)
+        self._apply_lr(trainer)
         anatomy = step.small if goes_down else step.large
         rank_zero_info(
             f"MultiLevelTraining: step {trainer.global_step}: level {before} -> {level}, "
@@ -400,8 +397,8 @@ class MultiLevelTraining(L.Callback):
         return self.learning_rate != "continue" or any(phase.lr_scale != 1 for phase in self.phases)
 
     def _apply_lr(self, trainer: L.Trainer) -> None:
-        factor = lr_factor(self.schedule, trainer.global_step, self.learning_rate, self.num_rewarm_steps)
-        apply_lr_factor(trainer.optimizers, factor)
+        if self._lr is not None:
+            self._lr.apply(lr_factor(self.schedule, trainer.global_step, self.learning_rate, self.num_rewarm_steps))
 
     # Checkpoints
 

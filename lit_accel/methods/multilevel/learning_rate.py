@@ -8,10 +8,38 @@ so in every checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import lightning.pytorch as L
 from torch.optim import Optimizer
 
 _SCHEDULED = "scheduled_lr"
+
+
+class LearningRateFactor:
+    """Multiplies the learning rates of a run, and steps aside whenever its schedulers step.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module, whose ``lr_scheduler_step`` is changed until :meth:`close`.
+    """
+
+    def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trainer, self._module = trainer, pl_module
+        self._scheduler_step = pl_module.lr_scheduler_step
+        pl_module.lr_scheduler_step = self._restore_then_step  # type: ignore[assignment, method-assign]
+
+    def apply(self, factor: float) -> None:
+        """Set the factor of the coming step."""
+        apply_lr_factor(self._trainer.optimizers, factor)
+
+    def close(self) -> None:
+        """Give the module its own ``lr_scheduler_step`` back."""
+        vars(self._module).pop("lr_scheduler_step", None)
+
+    def _restore_then_step(self, *args: Any) -> None:
+        restore_scheduled_lr(self._trainer.optimizers)
+        self._scheduler_step(*args)
 
 
 def apply_lr_factor(optimizers: Iterable[Optimizer], factor: float) -> None:

@@ -54,8 +54,8 @@ class MicroBatchMerger:
 
     def _is_last_of_epoch(self) -> bool:
         """Whether Lightning steps after this batch, however short the window is."""
-        num_started = self._trainer.fit_loop.epoch_loop.batch_progress.current.started
-        return self._trainer.is_last_batch or num_started == self._trainer.num_training_batches
+        num_fetched = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return self._trainer.is_last_batch or num_fetched == self._trainer.num_training_batches
 
 
 def merge_batches(batches: list[Any]) -> Any:
