@@ -100,7 +100,7 @@ def vision_table() -> str:
     rows = [json.loads(line) for line in (RESULTS / "vision.jsonl").read_text().splitlines()]
     lines = ["| model | run | seeds | FLOPs | top-1, % | loss |", "| --- | --- | --- | --- | --- | --- |"]
     for model in vision.MODELS:
-        for arm in (vision.DENSE, vision.DEFAULT, *vision.CHOICES):
+        for arm in (vision.DENSE, vision.RECIPE, *vision.CHOICES):
             chosen = [row for row in rows if (row["model"], row["arm"]) == (model, arm)]
             if chosen:
                 top1, loss = ([row[key] for row in chosen] for key in ("val_top1", "val_loss"))
