@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -13,19 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_accel import Level, MultiLevelTraining, Phase
 from lit_accel.data import TextDataModule
 from lit_accel.tasks import CausalLM, WarmupDecay
+from tests.distributed.kill import Kill
 from tests.distributed.schedule import PHASES, STEPS
-
-
-class Kill(L.Callback):
-    """Ends the process without a word, before an optimizer step and after any transition that precedes it."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            trainer.strategy.barrier()
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Replicas(L.Callback):

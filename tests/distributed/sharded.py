@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 from lit_accel import Level, MultiLevelTraining, Phase
 from lit_accel.anatomy import compile_blocks
 from lit_accel.strategies import ResizableModelParallelStrategy
+from tests.distributed.kill import Kill
 from tests.models import make_model
 from tests.training import SIZE, Tokens
 
@@ -70,18 +70,6 @@ class Host(L.LightningModule):
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-3)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-class Kill(L.Callback):
-    """Ends the process without a word, before an optimizer step and after any transition that precedes it."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            trainer.strategy.barrier()
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Freed(L.Callback):

@@ -36,6 +36,7 @@ from lit_accel.methods.multilevel.phases import (
 )
 from lit_accel.methods.multilevel.presets import PRESETS, PresetName, override_interpolation
 from lit_accel.methods.multilevel.refusals import (
+    check_end,
     check_merging,
     check_model,
     check_optimizers,
@@ -233,20 +234,7 @@ class MultiLevelTraining(L.Callback):
             self.schedule = rehearse_phases(self.phases, num_levels, int(num_steps))
             return
         self.schedule = resolve_phases(self.phases, num_levels, int(num_steps))
-        self._check_end(trainer)
-
-    def _check_end(self, trainer: L.Trainer) -> None:
-        last = self.schedule[-1].level
-        if last == 0:
-            return
-        start_method = getattr(trainer.strategy, "_start_method", "popen")
-        if start_method != "popen":
-            raise MisconfigurationException(
-                f"The last phase is at level {last}, and processes are started by {start_method!r}: the main process "
-                "keeps the full model and could not load the small one that its workers end with. End with a phase "
-                'at level 0, or use start_method="popen".'
-            )
-        rank_zero_warn(f"The last phase is at level {last}: the run will end with a smaller model than it began.")
+        check_end(trainer, self.schedule[-1].level)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check what exists only now: the optimizers and their schedulers, and data that the module has made."""
