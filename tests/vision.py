@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
 IMAGE_SIZE = 12
+# Older versions of timm build a SwinV2 only where windows fill the image.
+PADS_WINDOWS = "dynamic_img_size" in inspect.signature(SwinTransformerV2.__init__).parameters
 # (class, arguments): tokens of every kind, norms in every place, packed gates, heads that a factor of 2 cannot divide.
 VISION_ZOO: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "vit": (VisionTransformer, {}),
@@ -27,8 +30,10 @@ VISION_ZOO: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "swin": (SwinTransformerV2, {"window_size": 3}),
     # Three patches a side in the second stage: padded to two windows of two.
     "swin-padded": (SwinTransformerV2, {"window_size": 2, "qkv_bias": False, "global_pool": "max"}),
-    "swin-heads": (SwinTransformerV2, {"window_size": (2, 3), "num_heads": 1}),
+    "swin-heads": (SwinTransformerV2, {"window_size": 3, "num_heads": 1}),
 }
+if not PADS_WINDOWS:
+    del VISION_ZOO["swin-padded"]
 
 
 def make_vision_module(name: str, *, heads: int, head_dim: int, ffn: int, blocks: int, **extra: Any) -> nn.Module:

@@ -19,7 +19,7 @@ from tests.models import make_model, outputs, relative_error, tokens
 
 SIZE = {"heads": 4, "head_dim": 4, "ffn": 32, "blocks": 2}
 FAMILIES = ["gpt2-tied", "gpt2-untied", "bert-mlm", "llama-gqa", "llama-gqa-tied", "llama-mqa", "qwen3"]
-FAMILIES += ["deit-distilled", "vit-registers", "vit-glu", "swin", "swin-padded", "swin-heads"]
+FAMILIES += ["deit-distilled", "vit-registers", "vit-glu", "swin", "swin-heads"]
 
 
 def pair(name, factor=2):
