@@ -4,6 +4,9 @@ A GPT of 12 blocks and width 256 on sequences of 256 tokens goes up and down bet
 that the two are measured in turns within one run. The realised share of an optimizer step is
 ``log(time ratio) / log(FLOPs ratio)``: 1 where a step that costs a seventh of the FLOPs takes a seventh of the time.
 Written to ``scripts/results/realised_share.json``.
+
+Each setting is measured in a process of its own, once with glibc as it is, which returns large buffers to the system
+after every use, so that each step pays for their pages anew; and once told to keep them.
 """
 
 from __future__ import annotations
@@ -12,7 +15,10 @@ import argparse
 import json
 import logging
 import math
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -34,6 +40,12 @@ from lit_accel.methods.multilevel.phases import phase_at
 
 RESULTS = Path(__file__).parent / "results" / "realised_share.json"
 NUM_TOKENS, VOCAB, MICRO_BATCH, ACCUMULATE = 256, 4096, 4, 8
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "8589934592",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+SETTINGS = [(merge, keeps) for keeps in (False, True) for merge in (1, 4, 8)]
 # Steps of a phase; the first of each is not counted, in which allocator and caches get used to the other size.
 LARGE_STEPS, SMALL_STEPS = 3, 6
 
@@ -133,14 +145,23 @@ def measure(merge: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def measure_apart(merge: int, keeps_memory: bool, rounds: int) -> dict[str, Any]:
+    """Measure in a new process: the allocator reads its settings when a process starts."""
+    command = [sys.executable, "-m", "scripts.measure_realised_share", "--only", str(merge), "--rounds", str(rounds)]
+    environment = {**os.environ, **(KEEP_MEMORY if keeps_memory else {})}
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return {"keeps_memory": keeps_memory, **json.loads(output.splitlines()[-1])}
+
+
 def print_results(rows: list[dict[str, Any]]) -> None:
     """Print a row a setting."""
     table = Table(title="The small level's step, in parts of the full model's")
-    for column in ("micro-batches merged", "FLOPs", "seconds", "realised share"):
+    for column in ("micro-batches merged", "glibc keeps memory", "FLOPs", "seconds", "realised share"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             str(row["merge_batches"]),
+            "yes" if row["keeps_memory"] else "no",
             f"{row['flops_ratio']:.3f}",
             f"{row['time_ratio']:.3f}",
             f"{row['realised_share']:.2f}",
@@ -152,19 +173,20 @@ def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--merge", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--dry-run", action="store_true", help="write nothing")
+    parser.add_argument("--only", type=int, help="measure one number of merged micro-batches here, and print its row")
     arguments = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    if arguments.only:
+        transformers.logging.set_verbosity_error()
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore")
+        print(json.dumps(measure(arguments.only, arguments.rounds)))
+        return
     rows = []
-    for merge in arguments.merge:
-        rows.append(measure(merge, arguments.rounds))
+    for merge, keeps_memory in SETTINGS:
+        rows.append(measure_apart(merge, keeps_memory, arguments.rounds))
         print_results(rows)
-    if not arguments.dry_run:
-        record = {"num_tokens": NUM_TOKENS, "micro_batch": MICRO_BATCH, "accumulate": ACCUMULATE, "rows": rows}
-        RESULTS.write_text(json.dumps({**record, "provenance": provenance()}, indent=1) + "\n")
+    record = {"num_tokens": NUM_TOKENS, "micro_batch": MICRO_BATCH, "accumulate": ACCUMULATE, "rows": rows}
+    RESULTS.write_text(json.dumps({**record, "keep_memory": KEEP_MEMORY, "provenance": provenance()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
