@@ -5,6 +5,7 @@ pass over the data it serves without being told, in any worker process and after
 (as from a sampler that somebody else put in) is simply a key of epoch 0.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,12 +17,12 @@ from lit_accel.draws import generator
 _ORDER = 1  # sets the draws of the order apart from other draws with the same seed
 
 
-class KeyedDataset(Dataset[Any]):
+class KeyedDataset(Dataset[Any], ABC):
     """A data set that is read by keys. Its samples are pure functions of them."""
 
+    @abstractmethod
     def __len__(self) -> int:
         """Samples of one epoch."""
-        raise NotImplementedError
 
     def __getitem__(self, key: int) -> Any:
         """Returns one sample.
@@ -32,9 +33,9 @@ class KeyedDataset(Dataset[Any]):
         epoch, index = divmod(int(key), len(self))
         return self.sample(epoch, index)
 
+    @abstractmethod
     def sample(self, epoch: int, index: int) -> Any:
         """Makes one sample."""
-        raise NotImplementedError
 
 
 class ShuffledSampler(DistributedSampler[Any]):

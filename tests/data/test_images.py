@@ -16,6 +16,7 @@ from PIL import Image
 from lit_accel.data import ImageDataModule
 from lit_accel.data.idx import read_idx
 from lit_accel.global_draws import seeded_globals
+from tests.data.saving import SaveAlways
 from tests.training import make_trainer
 
 AUGMENTED = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "hflip": 0.5, "image_size": 8, "crop_pct": 0.9}
@@ -140,25 +141,6 @@ class Recorder(L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class SaveAlways(L.Callback):
-    """Writes a checkpoint after each batch, and at the end of each epoch."""
-
-    def __init__(self, folder) -> None:
-        self.folder = folder
-        self.batches_before: dict[str, int] = {}
-
-    def save(self, trainer, module, when):
-        path = f"{self.folder}/{when}-{len(module.seen)}.ckpt"
-        trainer.save_checkpoint(path)
-        self.batches_before[path] = len(module.seen)
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        self.save(trainer, pl_module, "batch")
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.save(trainer, pl_module, "epoch")
 
 
 def run(folder, *, checkpoint=None, callbacks=(), data=None, **kwargs):

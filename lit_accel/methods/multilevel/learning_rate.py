@@ -8,10 +8,13 @@ so in every checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    # A Trainer is worked on, but none is needed: the core imports no Lightning.
+    import lightning.pytorch as L
 
 _SCHEDULED = "scheduled_lr"
 

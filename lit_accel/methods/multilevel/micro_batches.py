@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    # A Trainer is worked on, but none is needed: the core imports no Lightning.
+    import lightning.pytorch as L
 
 
 class MicroBatchMerger:

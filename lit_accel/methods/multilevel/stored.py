@@ -12,12 +12,12 @@ from lit_accel.anatomy import Anatomy, build_resized
 from lit_accel.draws import generator
 from lit_accel.methods.multilevel.maps import LevelMap
 from lit_accel.methods.multilevel.moments import (
+    NamedOptimizerState,
     OptimizerStatePolicy,
     merge_optimizer_state,
     project_optimizer_state,
 )
 from lit_accel.methods.multilevel.operators import Interpolation, coalesce, interpolate, load_parameters
-from lit_accel.resizing import OptimizerState
 
 _FRESH = 3  # sets the draws of fresh levels apart from other draws
 
@@ -36,7 +36,7 @@ class StoredLevels:
         self.optimizer_state = optimizer_state
         self.fresh_std = fresh_std
         self._weights: dict[int, dict[str, Tensor]] = {}
-        self._moments: dict[int, OptimizerState] = {}
+        self._moments: dict[int, NamedOptimizerState] = {}
 
     def __contains__(self, level: int) -> bool:
         return level in self._weights
@@ -87,7 +87,9 @@ class StoredLevels:
                 drawn[name] = (self.fresh_std * noise).to(dtype)
         return drawn
 
-    def carry(self, state: OptimizerState, step: LevelMap, *, before: int, after: int) -> OptimizerState:
+    def carry(
+        self, state: NamedOptimizerState, step: LevelMap, *, before: int, after: int
+    ) -> dict[str, dict[str, Tensor]]:
         """Map the transformer's optimizer state to the next level.
 
         Args:
