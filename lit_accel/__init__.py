@@ -2,9 +2,24 @@
 
 from lit_accel import strategies
 from lit_accel.compute import ComputeLedger
+from lit_accel.methods.layer_dropping.mixins import ProgressiveLayerDroppingMixin, SensitivityLayerDroppingMixin
+from lit_accel.methods.layer_dropping.pld import ProgressiveLayerDropping
+from lit_accel.methods.layer_dropping.sbld import SensitivityLayerDropping
 from lit_accel.methods.multilevel.callback import MultiLevelTraining
 from lit_accel.methods.multilevel.mixin import MultiLevelMixin
 from lit_accel.methods.multilevel.phases import Level, Phase
 from lit_accel.resizing import ResizableMixin
 
-__all__ = ["ComputeLedger", "Level", "MultiLevelMixin", "MultiLevelTraining", "Phase", "ResizableMixin", "strategies"]
+__all__ = [
+    "ComputeLedger",
+    "Level",
+    "MultiLevelMixin",
+    "MultiLevelTraining",
+    "Phase",
+    "ProgressiveLayerDropping",
+    "ProgressiveLayerDroppingMixin",
+    "ResizableMixin",
+    "SensitivityLayerDropping",
+    "SensitivityLayerDroppingMixin",
+    "strategies",
+]

@@ -70,8 +70,8 @@ def set_full_size(module: nn.Module, size: Size) -> None:
     setattr(module, _FULL_SIZE, size)
 
 
-def prepare_module(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Make a LightningModule ready to be resized: its model is built, its checkpoints say their size.
+def ensure_built(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """See that a LightningModule holds its transformer when a callback is set up.
 
     Callbacks are set up before Lightning calls ``configure_model``, which may build the model; the contract of that
     hook is that it can be called again.
@@ -93,6 +93,19 @@ def prepare_module(trainer: L.Trainer, module: L.LightningModule) -> None:
             strategy.precision_plugin.module_init_context(),
         ):
             module.configure_model()
+
+
+def prepare_module(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Make a LightningModule ready to be resized: its model is built, its checkpoints say their size.
+
+    Args:
+        trainer: The Trainer.
+        module: Its module.
+
+    Raises:
+        AnatomyError: If there is no transformer of a known family inside.
+    """
+    ensure_built(trainer, module)
     set_full_size(module, full_size(module))
     ensure_resizable(module)
 

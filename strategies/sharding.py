@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lit_accel.anatomy import anatomy_of, find_transformer
+from lit_accel.anatomy import anatomy_of, find_transformer, is_compiled
 from lit_accel.anatomy.build import COMPILE_OPTIONS
 
 # What a copy of a module must not share with it.
@@ -181,7 +181,7 @@ def gather(sharded: nn.Module, structure: nn.Module) -> nn.Module:
             target._parameters[name] = None if parameter is None else parameters[id(parameter)]
         for name, buffer in source._buffers.items():
             target._buffers[name] = None if buffer is None else buffer.clone().cpu()
-        if getattr(source, "_compiled_call_impl", None) is not None:
+        if is_compiled(source):
             target.compile(**getattr(source, COMPILE_OPTIONS, {}))
     return whole
 

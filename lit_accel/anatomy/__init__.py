@@ -7,11 +7,13 @@ from lit_accel.anatomy.base import Anatomy, AnatomyError, Attention, Block, Para
 from lit_accel.anatomy.build import (
     build_resized,
     compile_blocks,
+    is_compiled,
     loses_compilation,
     rehearse_build,
     require_blocks_alike,
     uses_activation_checkpointing,
 )
+from lit_accel.anatomy.following import TransformerFollower
 from lit_accel.anatomy.registry import anatomy_of, find_transformer, register_anatomy
 
 __all__ = [
@@ -23,10 +25,12 @@ __all__ = [
     "Dim",
     "ParameterLayout",
     "Size",
+    "TransformerFollower",
     "anatomy_of",
     "build_resized",
     "compile_blocks",
     "find_transformer",
+    "is_compiled",
     "loses_compilation",
     "parse_layout",
     "register_anatomy",

@@ -59,6 +59,15 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
         setattr(module, COMPILE_OPTIONS, dict(options))
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether :meth:`torch.nn.Module.compile` was called on a module.
+
+    ``lit_accel.routing`` keeps what intercepts a block's calls in the same place, which says itself what it replaced.
+    """
+    call = getattr(module, "_compiled_call_impl", None)
+    return call is not None and getattr(call, "is_compiled", True)
+
+
 def build_resized(model: nn.Module, anatomy: Anatomy, size: Size) -> nn.Module:
     """Build a model of the same class at another size from its config, without weights.
 
@@ -94,7 +103,7 @@ def build_resized(model: nn.Module, anatomy: Anatomy, size: Size) -> nn.Module:
     _copy_checkpointing(model, resized)
     for new in target.blocks:
         old_module = model.get_submodule(first_path[new.stage])
-        if getattr(old_module, "_compiled_call_impl", None) is not None:
+        if is_compiled(old_module):
             options = getattr(old_module, COMPILE_OPTIONS, {})
             module = resized.get_submodule(new.path)
             module.compile(**options)
@@ -142,7 +151,7 @@ def rehearse_build(model: nn.Module, anatomy: Anatomy, target: Anatomy) -> None:
 def loses_compilation(model: nn.Module, anatomy: Anatomy) -> bool:
     """Whether a resize would lose a compilation, or its options: only :func:`compile_blocks` is carried over."""
     blocks = [model.get_submodule(block.path) for block in anatomy.blocks]
-    compiled = [module for module in model.modules() if getattr(module, "_compiled_call_impl", None) is not None]
+    compiled = [module for module in model.modules() if is_compiled(module)]
     return any(module not in blocks or not hasattr(module, COMPILE_OPTIONS) for module in compiled)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import is_grad_enabled, nn
 
 from lit_accel.anatomy import Anatomy, anatomy_of, find_transformer, uses_activation_checkpointing
-from lit_accel.compute.flops import forward_flops, training_flops
+from lit_accel.compute.flops import Flops, forward_flops, training_flops
 from lit_accel.compute.observer import TransformerObserver
 from lit_accel.compute.phases import Phases, saved_share
 from lit_accel.compute.stopwatch import Stopwatch, synchronize
@@ -32,7 +32,8 @@ class ComputeLedger(Callback):
     Works on any LightningModule that holds one transformer of a known family, and does not change its training in
     a single bit. Every forward call that the transformer makes within a training batch is counted
     in closed form (see :mod:`lit_accel.compute.flops`) from the shape of its input, with its backward pass;
-    without gradients, the forward pass alone. Validation is not counted. If the model is resized in mid-training,
+    without gradients, the forward pass alone. A block that a method skips is not charged; what a method spends on
+    measuring the model is. Validation is not counted. If the model is resized in mid-training,
     a new *phase* begins.
 
     - *Dense-equivalent* FLOPs are what the full-size model would have paid on the same batches. The full size
@@ -77,7 +78,9 @@ class ComputeLedger(Callback):
         self._observer: TransformerObserver | None = None
         self._table: TableWriter | None = None
         self._table_path: Path | None = None
-        self._costs: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._costs: dict[tuple[Any, ...], tuple[Flops, int]] = {}
+        self._present: Flops | None = None
+        self._skipped: set[int] = set()
         self._step = 0
         self._logged: tuple[int, int] = (0, 0)
         self._in_batch = False
@@ -107,7 +110,7 @@ class ComputeLedger(Callback):
         self._interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._costs = {}
         self._was_called = False
-        self._observer = TransformerObserver(pl_module, self._on_forward)
+        self._observer = TransformerObserver(pl_module, self._on_forward, self._on_skip)
         self._sets_flops_per_batch = not hasattr(pl_module, _FLOPS_PER_BATCH)
         self._set_batch_flops(0)
         self._phases.enter(self._observer.anatomy)
@@ -221,14 +224,29 @@ class ComputeLedger(Callback):
 
     def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
         # Not "if transformer.training": models of from_pretrained are in evaluation mode and train all the same.
-        if not self._in_batch:
+        assert self._observer is not None
+        self._present = None
+        if not (self._in_batch or self._observer.is_probing):
             return
         self._was_called = True
         if self._phases.ends_with(anatomy):
             self._end_phase()
         self._phases.enter(anatomy)
-        flops, dense_flops = self._cost(anatomy, transformer, num_sequences, num_tokens)
-        self._phases.count(num_sequences * num_tokens, flops, dense_flops)
+        self._present, dense_flops = self._cost(anatomy, transformer, num_sequences, num_tokens)
+        self._skipped.clear()
+        if self._observer.is_probing:
+            # Overhead: no tokens were trained on, and the full model without the method would not have paid it.
+            num_sequences = dense_flops = 0
+        self._count(num_sequences * num_tokens, self._present.total, dense_flops)
+
+    def _on_skip(self, index: int) -> None:
+        # Activation checkpointing calls a block again, which is skipped again.
+        if self._present is not None and index not in self._skipped:
+            self._skipped.add(index)
+            self._count(0, -self._present.blocks[index], 0)
+
+    def _count(self, tokens: int, flops: int, dense_flops: int) -> None:
+        self._phases.count(tokens, flops, dense_flops)
         # Here and not at the batch's end: there the monitor may come before us.
         self._set_batch_flops(self._batch_flops + flops)
 
@@ -240,18 +258,18 @@ class ComputeLedger(Callback):
         if self._table is not None and self._table.last_step != self._step:
             self._write_row()
 
-    def _cost(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> tuple[int, int]:
+    def _cost(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> tuple[Flops, int]:
         backward, recompute = is_grad_enabled(), transformer.training and uses_activation_checkpointing(transformer)
         key = (len(self._phases.list), num_sequences, num_tokens, backward, recompute)
         if key not in self._costs:
             shape = (num_sequences, num_tokens)
             flops, dense_flops = (
-                training_flops(model, *shape, activation_checkpointing=recompute).total
+                training_flops(model, *shape, activation_checkpointing=recompute)
                 if backward
-                else forward_flops(model, *shape).total
+                else forward_flops(model, *shape)
                 for model in (anatomy, self._dense)
             )
-            self._costs[key] = flops, dense_flops
+            self._costs[key] = flops, dense_flops.total
         return self._costs[key]
 
     def _set_batch_flops(self, flops: int) -> None:

@@ -8,58 +8,57 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
-from lit_accel.anatomy import Anatomy, anatomy_of, find_transformer
+from lit_accel.anatomy import Anatomy, TransformerFollower, anatomy_of
+from lit_accel.routing import BlockRouting, routing_of
 
 OnForward = Callable[[Anatomy, nn.Module, int, int], None]
 """Called with the anatomy, the transformer, the number of sequences and the tokens of each."""
 
 
 class TransformerObserver:
-    """Reports every forward call of the one transformer inside a module, before it runs.
+    """Reports every forward call of the one transformer inside a module, before it runs, and every block it skips.
 
     Args:
         module: The LightningModule.
         on_forward: What to call.
+        on_skip: Called with the index of a block that was not run, after the forward call it is a part of has begun.
     """
 
-    def __init__(self, module: L.LightningModule, on_forward: OnForward) -> None:
+    def __init__(self, module: L.LightningModule, on_forward: OnForward, on_skip: Callable[[int], None]) -> None:
         self.module = module
-        self._on_forward = on_forward
-        self._transformer: nn.Module | None = None
+        self._on_forward, self._on_skip = on_forward, on_skip
+        self._routing: BlockRouting | None = None
         self._hook: RemovableHandle | None = None
-        # Another callback may replace the transformer after our batch has started and before it is called. The
-        # assignment is the only event that nobody can get around, whatever the order of the callbacks.
-        self._assignment_hook = register_module_module_registration_hook(self._on_assignment)
-        self.refresh()
+        self._follower = TransformerFollower(module, self._follow)
 
     def refresh(self) -> None:
         """Turn to the transformer that is in the module now; quick if it is the same as before."""
-        path, transformer = find_transformer(self.module)
-        parent, _, self._name = path.rpartition(".")
-        self._parent = self.module.get_submodule(parent)
-        self._follow(transformer)
+        self._follower.refresh()
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether a method is measuring the model outside of a training step."""
+        return self._routing is not None and self._routing.is_probing
 
     def close(self) -> None:
         """Remove every hook."""
-        self._assignment_hook.remove()
+        self._follower.close()
+        self._leave()
+
+    def _leave(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-
-    def _on_assignment(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        if parent is self._parent and name == self._name and child is not None:
-            self._follow(child)
+        if self._routing is not None:
+            self._routing.unlisten(self._on_skip)
 
     def _follow(self, transformer: nn.Module) -> None:
-        if transformer is self._transformer:
-            return
-        if self._hook is not None:
-            self._hook.remove()
+        self._leave()
         self.anatomy = anatomy_of(transformer)
-        self._transformer = transformer
         self._hook = transformer.register_forward_pre_hook(_Hook(self._report), with_kwargs=True)
+        self._routing = routing_of(transformer)
+        self._routing.listen(self._on_skip)
 
     def _report(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         num_sequences, num_tokens = self.anatomy.input_shape(args, kwargs)

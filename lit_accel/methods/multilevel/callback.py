@@ -98,6 +98,8 @@ class MultiLevelTraining(L.Callback):
         Trainer(strategy="resizable", max_steps=10_000, callbacks=[MultiLevelTraining()])
     """
 
+    changes_size = True
+
     def __init__(
         self,
         levels: list[Level] | None = None,

@@ -1,0 +1,341 @@
+"""What both kinds of layer dropping share as Lightning callbacks: who runs this step, and the books about it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import Optimizer
+
+from lit_accel.anatomy import Anatomy, TransformerFollower, anatomy_of, find_transformer
+from lit_accel.compute.flops import training_flops
+from lit_accel.compute.observer import TransformerObserver
+from lit_accel.methods.layer_dropping.books import Tally
+from lit_accel.methods.layer_dropping.dropper import BlockDropper, Scale
+from lit_accel.methods.layer_dropping.refusals import (
+    check_compilation,
+    check_trainer,
+    droppable_blocks,
+    require_training_mode,
+    resolve_scale,
+)
+from lit_accel.methods.layer_dropping.sampling import Sampler, sample_blocks
+from lit_accel.methods.requirements import check_unused_parameters, require_equal_on_ranks
+from lit_accel.resizing import ensure_built
+from lit_accel.routing import routing_of
+
+_STATE_VERSION = 1
+
+
+class LayerDropping(L.Callback, ABC):
+    """Base of the callbacks that skip blocks in training: subclasses say with which probability each is kept.
+
+    One mask holds for a whole optimizer step, on all micro-batches and ranks. It is drawn from the seed and the step
+    alone.
+
+    Args:
+        pinned: Indices of blocks that always run; negative ones count from the last.
+        sampler: See :func:`~lit_accel.methods.layer_dropping.sample_blocks`.
+        scale: See :class:`~lit_accel.methods.layer_dropping.BlockDropper`; ``None`` is ``"block"``, or ``"none"`` on
+            models whose norms stand after the addition.
+        seed: Seed of the draws.
+        check_ranks_every: With several processes, after how many optimizer steps they compare their masks.
+
+    Raises:
+        ValueError: If an argument is none of the allowed values.
+    """
+
+    leaves_parameters_unused = True
+
+    def __init__(
+        self, *, pinned: Sequence[int], sampler: Sampler, scale: Scale | None, seed: int, check_ranks_every: int
+    ) -> None:
+        for argument, value, allowed in (("sampler", sampler, Sampler), ("scale", scale or "none", Scale)):
+            if value not in get_args(allowed):
+                raise ValueError(f"{argument} is {value!r}; allowed are {', '.join(map(repr, get_args(allowed)))}.")
+        if check_ranks_every < 1:
+            raise ValueError(f"check_ranks_every is {check_ranks_every}; it is a number of steps, at least 1.")
+        self.pinned = list(pinned)
+        self.sampler: Sampler = sampler
+        self.scale = scale
+        self.seed = seed
+        self.check_ranks_every = check_ranks_every
+        self.anatomy: Anatomy | None = None
+        self.units: list[int] = []
+        """Indices of the blocks that may be dropped."""
+        self.keep: list[bool] = []
+        """Whether each block runs in the present step."""
+        self.keep_probabilities: list[float] = []
+        """With which probability each block was to run in it."""
+        self.num_steps: int | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.total = Tally()
+        self._window = Tally()
+        self._step: int | None = None
+        self._num_expected = 0.0
+        self._num_tokens: int | None = None
+        self._dropper: BlockDropper | None = None
+        self._follower: TransformerFollower | None = None
+        self._observer: TransformerObserver | None = None
+        self._has_compared = False
+        self._costs: tuple[int, ...] | None = None
+        self._num_loaded_blocks = 0
+
+    # What subclasses say
+
+    @property
+    @abstractmethod
+    def drops(self) -> bool:
+        """Whether any block is ever dropped."""
+
+    @property
+    @abstractmethod
+    def needs_length(self) -> bool:
+        """Whether the schedule depends on the length of the run."""
+
+    @abstractmethod
+    def probabilities(self, step: int) -> list[float]:
+        """Return the keep probability of each block at an optimizer step."""
+
+    def plan(self, trainer: L.Trainer) -> None:
+        """Take up the length of the run, ``self.num_steps``, and refuse a schedule that does not fit it."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return what else is to be logged."""
+        return {}
+
+    # Before training
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse whatever could not work, before anything is trained."""
+        if stage != "fit":
+            return
+        name = type(self).__name__
+        ensure_built(trainer, pl_module)
+        transformer = find_transformer(pl_module)[1]
+        anatomy = anatomy_of(transformer)
+        if trainer.global_step == 0:
+            self._clear()
+        self._take(anatomy)
+        check_trainer(trainer, self, LayerDropping)
+        if self.drops:
+            scale = resolve_scale(anatomy, self.scale, name)
+            check_compilation(transformer, anatomy, scale, name)
+            check_unused_parameters(trainer, name)
+        self.num_steps = None
+        # A module that makes its data in its own setup has none yet.
+        if not self.needs_length or trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
+            self._plan(trainer)
+
+    def _take(self, anatomy: Anatomy) -> None:
+        self.anatomy, self._costs = anatomy, None
+        self.units = droppable_blocks(anatomy, self.pinned, type(self).__name__) if self.drops else []
+
+    def _plan(self, trainer: L.Trainer) -> None:
+        if self.needs_length:
+            num_steps = trainer.estimated_stepping_batches
+            if num_steps in (float("inf"), -1):
+                raise MisconfigurationException(
+                    f"{type(self).__name__} must know how long the run is. Give the Trainer max_steps, or max_epochs "
+                    "with a "
+                    "data loader of known length."
+                )
+            self.num_steps = int(num_steps)
+        self.plan(trainer)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Plan for data that the module has made by now."""
+        if self.needs_length and self.num_steps is None:
+            self._plan(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Intercept the blocks."""
+        if not self.drops:
+            return
+        transformer = find_transformer(pl_module)[1]
+        anatomy = anatomy_of(transformer)
+        # Only now: a model that changes its size has the size that the checkpoint was written at.
+        if self._num_loaded_blocks not in (0, len(anatomy.blocks)):
+            raise MisconfigurationException(
+                f"The checkpoint dropped layers of a model with {self._num_loaded_blocks} blocks; this one has "
+                f"{len(anatomy.blocks)}. Resume with the model that was trained."
+            )
+        require_training_mode(transformer, anatomy, type(self).__name__)
+        self._follower = TransformerFollower(pl_module, self._follow)
+        self._observer = TransformerObserver(pl_module, self._on_forward, lambda index: None)
+
+    def _follow(self, transformer: nn.Module) -> None:
+        was_active = self._dropper is not None and self._dropper.is_active
+        if self._dropper is not None:
+            self._dropper.close()
+        routing = routing_of(transformer)
+        anatomy = anatomy_of(transformer)
+        if self.anatomy is None or anatomy.size != self.anatomy.size:
+            self._take(anatomy)
+        scale = "none" if any(block.residual == "post_norm" for block in anatomy.blocks) else self.scale or "block"
+        self._dropper = BlockDropper(routing, scale)
+        if self._step is not None and was_active:
+            # Replaced after this step's mask was drawn.
+            self._draw(self._step)
+            self._dropper.is_active = True
+
+    def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
+        if num_tokens != self._num_tokens:
+            self._num_tokens, self._costs = num_tokens, None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was; Lightning does not call ``teardown`` then."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the model as it was."""
+        for part in (self._dropper, self._follower, self._observer):
+            if part is not None:
+                part.close()
+        self._dropper = self._follower = self._observer = None
+
+    # During training
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw the blocks of a new optimizer step."""
+        if self._dropper is None or self._follower is None:
+            return
+        self._follower.refresh()
+        step = trainer.global_step
+        if step != self._step or not self.keep:
+            if self._step is not None and step > self._step:
+                self._num_expected += math.fsum(self.keep_probabilities)
+            self._step = step
+            self._draw(step)
+            self._compare(trainer)
+        self._dropper.is_active = True
+
+    def _draw(self, step: int) -> None:
+        assert self._dropper is not None
+        self.keep_probabilities = self.probabilities(step)
+        self.keep = sample_blocks(
+            self.keep_probabilities, seed=self.seed, step=step, sampler=self.sampler, num_expected=self._num_expected
+        )
+        self._dropper.set(self.keep, self.keep_probabilities)
+
+    def _compare(self, trainer: L.Trainer) -> None:
+        # Equal probabilities on every rank: so all come here or none.
+        drops_now = any(p < 1 for p in self.keep_probabilities)
+        if trainer.global_step % self.check_ranks_every == 0 or (drops_now and not self._has_compared):
+            self._has_compared |= drops_now
+            digest = hashlib.blake2b(bytes(self.keep), digest_size=8).digest()
+            require_equal_on_ranks(trainer, int.from_bytes(digest, "little") >> 2, "the dropped layers")
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """See that what did not run has no gradient: one of an earlier step would be applied once more."""
+        if self._dropper is None or all(self.keep):
+            return
+        for keep, module in zip(self.keep, self._dropper.modules, strict=True):
+            for name, parameter in () if keep else module.named_parameters():
+                if parameter.grad is not None:
+                    raise RuntimeError(
+                        f"{name} of a block that was dropped in step {trainer.global_step} has a gradient, which the "
+                        "optimizer "
+                        "would apply. Clear gradients with zero_grad(set_to_none=True), the default, and let the loss "
+                        "depend "
+                        "on parameters through the model only."
+                    )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let everything run again, for what is not training; where a step is complete, keep the books."""
+        if self._dropper is None:
+            return
+        self._dropper.is_active = False
+        if self._step is None or trainer.global_step == self._step:
+            return
+        if not self._dropper.num_calls:
+            rank_zero_warn(
+                f"{type(self).__name__}: no block of the transformer was called in this optimizer step, so nothing was "
+                "dropped. Call the model, or its blocks as block(...) and not as block.forward(...)."
+            )
+        self._dropper.num_calls = 0
+        costs = self.costs()
+        for tally in (self.total, self._window):
+            tally.add(costs, self.keep, self.keep_probabilities)
+        interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval and trainer.global_step // interval > self._step // interval:
+            self._log(trainer)
+            self._window = Tally()
+
+    def costs(self) -> tuple[int, ...]:
+        """Return the training FLOPs of each block, on one sequence of the last batch's length."""
+        assert self.anatomy is not None
+        if self._num_tokens is None:
+            return (1,) * len(self.anatomy.blocks)
+        if self._costs is None:
+            self._costs = training_flops(self.anatomy, 1, self._num_tokens).blocks
+        return self._costs
+
+    def _log(self, trainer: L.Trainer) -> None:
+        metrics = {
+            "layer_dropping/kept_blocks": self._window.kept_blocks / self._window.steps,
+            "layer_dropping/kept_flops": self._window.kept_share,
+            "layer_dropping/planned_flops": self._window.planned_share,
+            **{f"layer_dropping/keep_probability/{index:02d}": p for index, p in enumerate(self.keep_probabilities)},
+            **self.metrics(),
+        }
+        # Not self.log: so many metrics of each step would cost time, and none is to be averaged.
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the draws stand, and the books."""
+        return {
+            "version": _STATE_VERSION,
+            "num_blocks": 0 if self.anatomy is None else len(self.anatomy.blocks),
+            "step": self._step,
+            "num_expected": self._num_expected,
+            "keep_probabilities": list(self.keep_probabilities),
+            "num_tokens": self._num_tokens,
+            "rules": self._rules(),
+            "total": self.total.to_state(),
+            "window": self._window.to_state(),
+        }
+
+    def _rules(self) -> dict[str, Any]:
+        return {"sampler": self.sampler, "scale": self.scale, "seed": self.seed, "pinned": self.pinned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where the draws stood; warn if rules have changed since.
+
+        Raises:
+            MisconfigurationException: If a newer version wrote the checkpoint.
+        """
+        if state_dict["version"] > _STATE_VERSION:
+            raise MisconfigurationException(
+                f"The checkpoint's layer-dropping state has format {state_dict['version']}; this version of lit-accel "
+                "reads "
+                f"up to {_STATE_VERSION}. Update lit-accel."
+            )
+        if state_dict["rules"] != self._rules():
+            rank_zero_warn(
+                f"The checkpoint was trained with {state_dict['rules']}; this run has {self._rules()}, and follows "
+                "those."
+            )
+        self._num_loaded_blocks = state_dict["num_blocks"]
+        self._step = state_dict["step"]
+        self._num_expected = state_dict["num_expected"]
+        self._num_tokens = state_dict["num_tokens"]
+        self.keep_probabilities = list(state_dict["keep_probabilities"])
+        self.keep = []
+        self.total, self._window = Tally(**state_dict["total"]), Tally(**state_dict["window"])

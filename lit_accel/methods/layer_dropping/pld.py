@@ -1,0 +1,197 @@
+"""Progressive layer dropping (PLD) as a Lightning callback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_accel.methods.layer_dropping.callback import LayerDropping
+from lit_accel.methods.layer_dropping.dropper import Scale
+from lit_accel.methods.layer_dropping.progressive import Convention, Direction, keep_probabilities, theta_at
+from lit_accel.methods.layer_dropping.sampling import Sampler
+from lit_accel.schedules import num_steps_of
+
+_SECTION = "progressive_layer_drop"
+
+
+class ProgressiveLayerDropping(LayerDropping):
+    """Skips blocks at random, deeper ones more often, and more of them as training goes on (PLD; arXiv 2010.13369).
+
+    A skipped block costs nothing, forward and backward, and its parameters stay as they are in that optimizer step. One
+    mask holds for a whole step, on all micro-batches and ranks; evaluation and generation use every block.
+
+    Deviations from the paper: the defaults scale the change of a whole block instead of each branch, whose expectation
+    is then exact (``scale="sublayer"`` is the paper's); as many blocks run in every step as their probabilities sum up
+    to (``sampler="bernoulli"`` is the paper's); the schedule follows the length of the run unless ``gamma`` is given.
+
+    Logged every ``Trainer.log_every_n_steps`` steps: ``layer_dropping/kept_blocks``, ``layer_dropping/kept_flops`` and
+    ``layer_dropping/planned_flops`` (shares of the blocks' FLOPs, since the last time), ``layer_dropping/theta``, and
+    ``layer_dropping/keep_probability/<block>``.
+
+    Args:
+        theta: Keep probability of the deepest block when dropping is strongest, in (0, 1]. The paper recommends 0.5; 1
+            drops nothing.
+        gamma: Rate at which theta is approached, per optimizer step, as DeepSpeed takes it. Default: ``gamma_factor``
+            divided by the number of steps of the run. Only for ``direction="increasing"``.
+        gamma_factor: The rate times the length of the run; default is 100, the paper's rule of thumb, which does 99 %
+            of the way within 4.6 % of the run.
+        convention: How keep probabilities fall with depth: ``"paper"``, ``"deepspeed"`` or ``"timm"``; see
+            :func:`~lit_accel.methods.layer_dropping.keep_probabilities`.
+        direction: ``"increasing"``: ever more is dropped, as published. ``"decreasing"``: ever less, with a fully
+            active tail, as later work argues (arXiv 2402.05913).
+        release: The end of the run in which all blocks come back: optimizer steps (int) or a share of the run (float).
+            Increasing, theta rises linearly to 1 in it; default is 0, as published. Decreasing, all blocks are
+            active in it; default is 0.2.
+        pinned: Indices of blocks that always run; negative ones count from the last. The depth rule counts the others.
+        sampler: ``"systematic"`` or ``"bernoulli"``; see :func:`~lit_accel.methods.layer_dropping.sample_blocks`.
+        scale: ``"block"``, ``"sublayer"`` or ``"none"``; see :class:`~lit_accel.methods.layer_dropping.BlockDropper`.
+            Default is ``"block"``, and ``"none"`` where norms stand after the addition, as in BERT.
+        seed: Seed of the draws.
+        check_ranks_every: With several processes, after how many optimizer steps they compare their masks.
+
+    Raises:
+        ValueError: If an argument is none of the allowed values.
+
+    Example::
+
+        Trainer(max_steps=10_000, callbacks=[ProgressiveLayerDropping(theta=0.5)])
+    """
+
+    def __init__(
+        self,
+        theta: float = 0.5,
+        gamma: float | None = None,
+        gamma_factor: float | None = None,
+        convention: Convention = "paper",
+        direction: Direction = "increasing",
+        release: int | float | None = None,
+        pinned: Sequence[int] = (),
+        sampler: Sampler = "systematic",
+        scale: Scale | None = None,
+        seed: int = 0,
+        check_ranks_every: int = 100,
+    ) -> None:
+        super().__init__(pinned=pinned, sampler=sampler, scale=scale, seed=seed, check_ranks_every=check_ranks_every)
+        if not 0 < theta <= 1:
+            raise ValueError(f"theta is {theta}; it is a keep probability and must be in (0, 1].")
+        for argument, value, allowed in (("convention", convention, Convention), ("direction", direction, Direction)):
+            if value not in get_args(allowed):
+                raise ValueError(f"{argument} is {value!r}; allowed are {', '.join(map(repr, get_args(allowed)))}.")
+        for argument, rate in (("gamma", gamma), ("gamma_factor", gamma_factor)):
+            if rate is None:
+                continue
+            if not 0 < rate < float("inf"):
+                raise ValueError(f"{argument} is {rate}; it is a rate and must be positive.")
+            if direction == "decreasing":
+                rank_zero_warn(f'{argument} is ignored: it is for direction="increasing".')
+        if gamma is not None and gamma_factor is not None:
+            raise ValueError("gamma and gamma_factor are two ways to say the same; give one of them.")
+        if release is None:
+            release = 0.2 if direction == "decreasing" else 0
+        num_steps_of(release, 1)  # raises where it is no duration
+        self.theta = theta
+        self.gamma = gamma
+        self.gamma_factor = 100.0 if gamma_factor is None else gamma_factor
+        self.convention: Convention = convention
+        self.direction: Direction = direction
+        self.release = release
+        self._release_steps = 0
+
+    @classmethod
+    def from_deepspeed(cls, config: Mapping[str, Any] | str | Path, **options: Any) -> ProgressiveLayerDropping:
+        """Translate the ``progressive_layer_drop`` section of a DeepSpeed configuration.
+
+        The published reference draws each block by itself and never drops the first, so that is what this sets; the
+        scale stays at its default, for the reference's own does not belong to the probabilities it draws with.
+
+        Args:
+            config: The configuration, that section of it, or a JSON file with one of them.
+            **options: Further arguments of this class, which override what is translated.
+
+        Raises:
+            ValueError: If there is no such section, it is not enabled, or a value is missing or unknown.
+        """
+        section: Any = json.loads(Path(config).read_text()) if isinstance(config, (str, Path)) else config
+        if not isinstance(section, Mapping):
+            raise ValueError(f"A DeepSpeed configuration is a mapping; this is a {type(section).__name__}.")
+        section = section.get(_SECTION, section)
+        if not isinstance(section, Mapping) or "enabled" not in section:
+            raise ValueError(
+                f'No section "{_SECTION}" with "enabled", "theta" and "gamma" was found; the keys are '
+                f"{', '.join(map(repr, section)) if isinstance(section, Mapping) else section!r}."
+            )
+        if unknown := section.keys() - {"enabled", "theta", "gamma"}:
+            raise ValueError(
+                f'"{_SECTION}" has the unknown keys {sorted(unknown)}; known are enabled, theta and gamma.'
+            )
+        if not section["enabled"]:
+            raise ValueError(f'"{_SECTION}" is not enabled: leave the callback out.')
+        if missing := {"theta", "gamma"} - section.keys():
+            raise ValueError(f'"{_SECTION}" is enabled but lacks {", ".join(sorted(missing))}; DeepSpeed needs both.')
+        translated = {
+            "theta": section["theta"],
+            "gamma": section["gamma"],
+            "convention": "deepspeed",
+            "sampler": "bernoulli",
+        }
+        return cls(**{**translated, **options})
+
+    @property
+    def drops(self) -> bool:
+        """Whether any block is ever dropped."""
+        return self.theta < 1
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the schedule depends on the length of the run."""
+        return self.drops and (self.direction == "decreasing" or self.gamma is None or self.release != 0)
+
+    def plan(self, trainer: L.Trainer) -> None:
+        """Resolve the end of the run."""
+        if self.num_steps is None:
+            return
+        self._release_steps = num_steps_of(self.release, self.num_steps)
+        if self._release_steps > self.num_steps or (
+            self.direction == "decreasing" and self._release_steps == self.num_steps
+        ):
+            raise MisconfigurationException(
+                f"release is {self._release_steps} optimizer steps, but the run has {self.num_steps}: nothing would be "
+                "dropped. Make it shorter, or a share of the run such as 0.2."
+            )
+
+    def theta_at(self, step: int) -> float:
+        """Return the keep probability of the deepest block at an optimizer step."""
+        num_steps = self.num_steps or 0
+        gamma = self.gamma if self.gamma is not None else self.gamma_factor / max(num_steps, 1)
+        return theta_at(
+            step,
+            theta=self.theta,
+            gamma=gamma,
+            direction=self.direction,
+            release=self._release_steps,
+            num_steps=num_steps,
+        )
+
+    def probabilities(self, step: int) -> list[float]:
+        """Return the keep probability of each block at an optimizer step; pinned ones have 1."""
+        assert self.anatomy is not None
+        probabilities = [1.0] * len(self.anatomy.blocks)
+        for index, p in zip(
+            self.units, keep_probabilities(self.theta_at(step), len(self.units), self.convention), strict=True
+        ):
+            probabilities[index] = p
+        return probabilities
+
+    def metrics(self) -> dict[str, float]:
+        """Return theta."""
+        return {"layer_dropping/theta": self.theta_at(self._step or 0)}
+
+    def _rules(self) -> dict[str, Any]:
+        own = ("theta", "gamma", "gamma_factor", "convention", "direction", "release")
+        return {**super()._rules(), **{name: getattr(self, name) for name in own}}

@@ -1,0 +1,65 @@
+"""Calling a LightningModule's training step to measure it: no gradient, dropout, logging or use of random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from lit_accel.methods.layer_dropping.sensitivity import evaluating
+
+
+@contextmanager
+def measuring(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
+    """Within it the module's training step can be called as often as needed, and leaves no trace.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+    """
+    with isolate_rng(), evaluating(pl_module), _silent(pl_module), trainer.precision_plugin.train_step_context():
+        yield
+
+
+def training_loss(pl_module: L.LightningModule, batch: Any, batch_idx: int) -> Tensor:
+    """Return the loss that the module's training step computes for a batch.
+
+    It is called on the module itself: a wrapper for distributed training would wait for a backward pass.
+
+    Args:
+        pl_module: The module.
+        batch: A batch.
+        batch_idx: Its index.
+
+    Raises:
+        MisconfigurationException: If it returns no loss.
+    """
+    arguments = (
+        (batch, batch_idx) if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2) else (batch,)
+    )
+    output: Any = pl_module.training_step(*arguments)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise MisconfigurationException(
+            f"The training step returned {type(output).__name__} and no loss while sensitivities were measured. Use an "
+            'estimator that needs no call of its own: "taylor", "ratio" or "cos".'
+        )
+    return loss
+
+
+@contextmanager
+def _silent(pl_module: L.LightningModule) -> Iterator[None]:
+    names = ("log", "log_dict")
+    for name in names:
+        vars(pl_module)[name] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        for name in names:
+            del vars(pl_module)[name]

@@ -1,0 +1,153 @@
+"""What layer dropping cannot work with; each message says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lit_accel.anatomy import Anatomy, is_compiled
+from lit_accel.methods.layer_dropping.dropper import Scale
+
+
+def droppable_blocks(anatomy: Anatomy, pinned: Sequence[int], method: str) -> list[int]:
+    """Return the indices of the blocks that may be dropped.
+
+    Stages that consist of one unit, such as the plain and the shifted block of a short stage of Swin, are kept whole:
+    without one of the two, windows would not exchange anything.
+
+    Args:
+        anatomy: The model.
+        pinned: Indices of blocks that always run; negative ones count from the last.
+        method: Who asks, for messages.
+
+    Raises:
+        MisconfigurationException: If a pin does not exist, fewer than two blocks remain, or blocks share parameters.
+    """
+    num_blocks = len(anatomy.blocks)
+    if wrong := [index for index in pinned if not -num_blocks <= index < num_blocks]:
+        raise MisconfigurationException(
+            f"pinned names block {wrong[0]}, but this {anatomy.family} model has {num_blocks} blocks: 0 to "
+            f"{num_blocks - 1}, or -{num_blocks} to -1 from the last."
+        )
+    kept = {index % num_blocks for index in pinned}
+    short = {
+        stage
+        for stage, depth in enumerate(anatomy.size.depths)
+        if anatomy.depth_unit > 1 and depth <= anatomy.depth_unit
+    }
+    units = [i for i, block in enumerate(anatomy.blocks) if i not in kept and block.stage not in short]
+    if len(units) < 2:
+        raise MisconfigurationException(
+            f"{method} needs at least two blocks that it may drop; of the {num_blocks} blocks of this {anatomy.family} "
+            f"model {len(units)} remain (pinned: {sorted(kept) or 'none'}; in stages too short to drop from: "
+            f"{sum(anatomy.size.depths[stage] for stage in short)}). Pin fewer blocks, or train a deeper model."
+        )
+    for group in anatomy.tied:
+        owners = {anatomy.parameters[name].block for name in group if name in anatomy.parameters}
+        if len(group) > 1 and any(owner is not None for owner in owners):
+            raise MisconfigurationException(
+                f"{' and '.join(group)} are one parameter: blocks that share state cannot be dropped one by one. Give "
+                "each "
+                "block its own parameters."
+            )
+    return units
+
+
+def resolve_scale(anatomy: Anatomy, scale: Scale | None, method: str) -> Scale:
+    """Return what is scaled: by default the block, or nothing where norms stand after the addition.
+
+    Args:
+        anatomy: The model.
+        scale: What the user chose.
+        method: Who asks, for messages.
+
+    Raises:
+        MisconfigurationException: If that does not fit the model.
+    """
+    if all(block.residual != "post_norm" for block in anatomy.blocks):
+        return scale or "block"
+    if scale in ("block", "sublayer"):
+        raise MisconfigurationException(
+            f'scale="{scale}" does not fit this {anatomy.family} model, whose norms stand after the addition '
+            "(post-norm): "
+            'what comes out of a block is normalised, and amplifying it would undo that. Use scale="none".'
+        )
+    rank_zero_warn(
+        f"{method} on a post-norm model ({anatomy.family}): the authors of progressive layer dropping report that "
+        "dropping is "
+        "unstable there, and moved the norms to the front. A gentle schedule, of at least 0.8 of the blocks on "
+        "average, is "
+        "advisable."
+    )
+    return "none"
+
+
+def check_compilation(transformer: nn.Module, anatomy: Anatomy, scale: Scale, method: str) -> None:
+    """Check that what is compiled can be skipped.
+
+    Args:
+        transformer: The transformer.
+        anatomy: Its anatomy.
+        scale: What is scaled.
+        method: Who asks, for messages.
+
+    Raises:
+        MisconfigurationException: If it cannot.
+    """
+    blocks = [transformer.get_submodule(block.path) for block in anatomy.blocks]
+    inside = {id(module) for block in blocks for module in block.modules()}
+    if any(is_compiled(module) and id(module) not in inside for module in transformer.modules()):
+        raise MisconfigurationException(
+            f"{method}: the whole transformer is compiled, which would make a graph of every combination of blocks. "
+            "Compile "
+            "its blocks with lit_accel.anatomy.compile_blocks(model), or compile_blocks: true of the tasks."
+        )
+    if scale == "sublayer" and any(is_compiled(module) for block in blocks for module in block.modules()):
+        raise MisconfigurationException(
+            f'{method}: scale="sublayer" works inside of the blocks, and these are compiled. Use scale="block", which '
+            "works "
+            "outside of them, or leave the blocks uncompiled."
+        )
+
+
+def check_trainer(trainer: L.Trainer, callback: L.Callback, kind: type[L.Callback]) -> None:
+    """Check that nobody else drops layers.
+
+    Args:
+        trainer: The Trainer.
+        callback: Who asks.
+        kind: The class of all callbacks that drop layers.
+
+    Raises:
+        MisconfigurationException: If there are two.
+    """
+    others = [other for other in trainer.callbacks if isinstance(other, kind) and other is not callback]  # type: ignore[attr-defined]
+    if others:
+        raise MisconfigurationException(
+            f"{type(callback).__name__} and {type(others[0]).__name__} would both drop layers of one model. Use one "
+            "of them."
+        )
+
+
+def require_training_mode(transformer: nn.Module, anatomy: Anatomy, method: str) -> None:
+    """Check that the blocks are in training mode, outside of which nothing is dropped.
+
+    Args:
+        transformer: The transformer.
+        anatomy: Its anatomy.
+        method: Who asks, for messages.
+
+    Raises:
+        MisconfigurationException: If one is not.
+    """
+    for block in anatomy.blocks:
+        if not transformer.get_submodule(block.path).training:
+            raise MisconfigurationException(
+                f"{block.path} is in evaluation mode, in which {method} drops nothing, and Lightning leaves it so. "
+                "Models of "
+                "from_pretrained come in evaluation mode: call model.train() after loading."
+            )

@@ -1,0 +1,396 @@
+"""Sensitivity-based layer dropping (SBLD) as a Lightning callback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_accel.anatomy import Anatomy, find_transformer
+from lit_accel.compute.flops import forward_flops, training_flops
+from lit_accel.methods.layer_dropping.budget import Allocation, allocate, floor_of, robust
+from lit_accel.methods.layer_dropping.callback import LayerDropping
+from lit_accel.methods.layer_dropping.dropper import Scale
+from lit_accel.methods.layer_dropping.history import History
+from lit_accel.methods.layer_dropping.kept_schedule import kept_share
+from lit_accel.methods.layer_dropping.probing import measuring, training_loss
+from lit_accel.methods.layer_dropping.protection import BlockList
+from lit_accel.methods.layer_dropping.sampling import Sampler
+from lit_accel.methods.layer_dropping.sensitivity import ESTIMATES, Estimator, Meter, ablate, ablation_flops
+from lit_accel.routing import routing_of
+from lit_accel.schedules import num_steps_of
+
+FILE_NAME = "sensitivities.png"
+
+
+class SensitivityLayerDropping(LayerDropping):
+    """Skips blocks at random, those more often that the model can spare (after SBLD, AAAI 2023).
+
+    After a warm-up it is measured what each block is worth. The most sensitive blocks are protected; the others get
+    keep probabilities that spend the compute budget where dropping does least harm. Measurements are repeated, at a
+    bounded cost. At the end of the run all blocks come back.
+
+    This is a reconstruction: no code was released, and none of the public sources that we could read gives the paper's
+    formulas. From these descriptions it has the measurement before dropping begins, the lists of protected and of
+    droppable layers, a global schedule, and keep probabilities that combine the two. The estimators, the budget solver
+    and the schedule's form are ours.
+
+    Logged every ``Trainer.log_every_n_steps`` steps: ``layer_dropping/kept_blocks``, ``layer_dropping/kept_flops`` and
+    ``layer_dropping/planned_flops`` (shares of the blocks' FLOPs, since the last time), and of each block
+    ``layer_dropping/keep_probability/<block>`` and ``layer_dropping/sensitivity/<block>``. Written at the end:
+    ``sensitivities.png``, layers by time.
+
+    Args:
+        kept: Share of the blocks' FLOPs to keep while dropping is strongest, in (0, 1]; 1 drops nothing.
+        estimator: ``"ablate"``: the loss without a block minus the loss with it, on coming training batches.
+            ``"taylor"``, ``"ratio"`` and ``"cos"``: cheaper estimates, from training steps in which all blocks run; see
+            :class:`~lit_accel.methods.layer_dropping.Meter`.
+        allocation: ``"sensitivity"``; for comparison at the same budget ``"depth"``, the shape of progressive layer
+            dropping, or ``"uniform"``.
+        warmup: Before it nothing is dropped, and at its end is the first measurement: optimizer steps (int) or a share
+            of the run (float). Not shorter than the learning rate's; 0 for a trained model.
+        ramp: How long it takes to do 99 % of the way to ``kept``, exponentially.
+        release: The end of the run in which all blocks come back, linearly; 0 for none.
+        min_keep: The lowest keep probability, in (0, 1].
+        protected: Share of the droppable blocks that is never dropped because of its sensitivity, in [0, 1). The first
+            and the last droppable block are never dropped either. A block leaves the list after two measurements.
+        measure_every: Time between measurements: optimizer steps (int) or a share of the run (float). Longer where
+            ``max_overhead`` demands it.
+        num_batches: How many batches a measurement uses; fewer where ``max_overhead`` demands it.
+        max_overhead: Share of the run's FLOPs that measurements may cost.
+        ema: Weight of the past in the running mean of measurements, in [0, 1).
+        pinned: Indices of blocks that always run; negative ones count from the last.
+        sampler: ``"systematic"`` or ``"bernoulli"``; see :func:`~lit_accel.methods.layer_dropping.sample_blocks`.
+        scale: ``"block"``, ``"sublayer"`` or ``"none"``; see :class:`~lit_accel.methods.layer_dropping.BlockDropper`.
+            Default is ``"block"``, and ``"none"`` where norms stand after the addition, as in BERT.
+        seed: Seed of the draws.
+        check_ranks_every: With several processes, after how many optimizer steps they compare their masks.
+        folder: Where the picture goes. Default: the logger's folder, or ``Trainer.default_root_dir``.
+
+    Raises:
+        ValueError: If an argument is none of the allowed values.
+
+    Example::
+
+        Trainer(max_steps=10_000, callbacks=[SensitivityLayerDropping(kept=0.8)])
+    """
+
+    def __init__(
+        self,
+        kept: float = 0.78,
+        estimator: Estimator = "ablate",
+        allocation: Allocation = "sensitivity",
+        warmup: int | float = 0.05,
+        ramp: int | float = 0.1,
+        release: int | float = 0.1,
+        min_keep: float = 0.4,
+        protected: float = 0.15,
+        measure_every: int | float = 0.05,
+        num_batches: int = 4,
+        max_overhead: float = 0.01,
+        ema: float = 0.7,
+        pinned: Sequence[int] = (),
+        sampler: Sampler = "systematic",
+        scale: Scale | None = None,
+        seed: int = 0,
+        check_ranks_every: int = 100,
+        folder: str | None = None,
+    ) -> None:
+        super().__init__(pinned=pinned, sampler=sampler, scale=scale, seed=seed, check_ranks_every=check_ranks_every)
+        for argument, value, allowed in (("estimator", estimator, Estimator), ("allocation", allocation, Allocation)):
+            if value not in get_args(allowed):
+                raise ValueError(f"{argument} is {value!r}; allowed are {', '.join(map(repr, get_args(allowed)))}.")
+        for argument, share in (("kept", kept), ("min_keep", min_keep), ("max_overhead", max_overhead)):
+            if not 0 < share <= 1:
+                raise ValueError(f"{argument} is {share}; it must be in (0, 1].")
+        for argument, share in (("protected", protected), ("ema", ema)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{argument} is {share}; it must be in [0, 1).")
+        if num_batches < 1:
+            raise ValueError(f"num_batches is {num_batches}; a measurement needs at least 1.")
+        for duration in (warmup, ramp, release, measure_every):
+            num_steps_of(duration, 1)  # raises where it is no duration
+        self.kept, self.min_keep, self.max_overhead = kept, min_keep, max_overhead
+        self.protected, self.ema = protected, ema
+        self.estimator: Estimator = estimator
+        self.allocation: Allocation = allocation
+        self.warmup, self.ramp, self.release, self.measure_every = warmup, ramp, release, measure_every
+        self.num_batches = num_batches
+        self.folder = folder
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.sensitivities: list[float] | None = None
+        """Running mean of what each block is worth; ``None`` before the first measurement."""
+        self.history = History()
+        self._blocks: BlockList | None = None
+        self._next: int | None = None
+        self._collected: list[list[float]] = []
+        self._meter: Meter | None = None
+        self._allocated: tuple[float, list[float]] | None = None
+        self._has_warned = False
+
+    @property
+    def drops(self) -> bool:
+        """Whether any block is ever dropped."""
+        return self.kept < 1
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the schedule depends on the length of the run."""
+        return self.drops
+
+    # Before training
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse whatever could not work, before anything is trained."""
+        name = type(self).__name__
+        if stage == "fit" and self.drops:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if getattr(callback, "changes_size", False):
+                    raise MisconfigurationException(
+                        f"{name} measures the blocks of one model, and {type(callback).__name__} changes their "
+                        "number. Use "
+                        "ProgressiveLayerDropping, whose schedule follows the size."
+                    )
+            if self.estimator == "ablate" and not pl_module.automatic_optimization:
+                raise MisconfigurationException(
+                    f'{name}: estimator="ablate" calls the training step to measure it, and with manual optimization '
+                    "that "
+                    'would train. Use "taylor", "ratio" or "cos".'
+                )
+        super().setup(trainer, pl_module, stage)
+
+    def _take(self, anatomy: Anatomy) -> None:
+        super()._take(anatomy)
+        if not self.drops:
+            return
+        num_blocks = len(anatomy.blocks)
+        outside = set(range(num_blocks)) - set(self.units)
+        self._blocks = BlockList(num_blocks, self.units, self.protected, outside)
+        num_protected = len({self.units[0], self.units[-1]}) + math.ceil(self.protected * len(self.units))
+        never = outside | set(self.units[: min(num_protected, len(self.units))])
+        # Blocks are taken as equally expensive, which they are but for stages of Swin, and there nearly.
+        floor = floor_of([1.0] * num_blocks, self.min_keep, never)
+        if self.kept < floor:
+            raise MisconfigurationException(
+                f"kept is {self.kept}, but with min_keep {self.min_keep} and up to {len(never)} of the {num_blocks} "
+                "blocks "
+                f"never dropped (pinned, in short stages, first, last and most sensitive), {floor:.2f} is the least. "
+                "Raise "
+                "kept, or lower min_keep or protected."
+            )
+
+    def plan(self, trainer: L.Trainer) -> None:
+        """Resolve the schedule."""
+        if self.num_steps is None:
+            return
+        self._warmup, self._ramp, self._release, self._interval = (
+            num_steps_of(duration, self.num_steps)
+            for duration in (self.warmup, self.ramp, self.release, self.measure_every)
+        )
+        try:
+            self._kept_share(0)
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        if self._next is None:
+            self._next = self._warmup
+
+    def _kept_share(self, step: int) -> float:
+        assert self.num_steps is not None
+        return kept_share(
+            step, self.num_steps, kept=self.kept, warmup=self._warmup, ramp=self._ramp, release=self._release
+        )
+
+    # Keep probabilities
+
+    def probabilities(self, step: int) -> list[float]:
+        """Return the keep probability of each block at an optimizer step."""
+        assert self.anatomy is not None
+        assert self._blocks is not None
+        kept = self._kept_share(step)
+        if kept == 1 or self.sensitivities is None or (self.estimator in ESTIMATES and self._is_due(step)):
+            return [1.0] * len(self.anatomy.blocks)
+        # Solved anew only where the budget has moved visibly; planned FLOPs are those of the solution.
+        kept = round(kept, 4)
+        if self._allocated is None or self._allocated[0] != kept:
+            values = robust(self.sensitivities)
+            probabilities = allocate(
+                kept,
+                self.costs(),
+                sensitivities=values,
+                min_keep=self.min_keep,
+                always=self._blocks.members,
+                allocation="uniform" if values is None else self.allocation,
+            )
+            self._allocated = kept, probabilities
+        return self._allocated[1]
+
+    # Measurements
+
+    def _is_due(self, step: int) -> bool:
+        assert self.num_steps is not None
+        assert self._next is not None
+        is_released = self._release > 0 and step >= self.num_steps - self._release
+        return bool(self._collected) or (step >= self._next and not is_released)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure if it is time, and draw the blocks of a new optimizer step."""
+        if self._dropper is not None and self._is_due(trainer.global_step):
+            routing = routing_of(find_transformer(pl_module)[1])
+            if self.estimator == "ablate":
+                with measuring(trainer, pl_module):
+                    _, changes = ablate(routing, lambda: training_loss(pl_module, batch, batch_idx), self.units)
+                values = [0.0] * len(routing.blocks)
+                for unit, change in zip(self.units, changes, strict=True):
+                    values[unit] = change
+                self._collect(trainer, values)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if (
+            self.estimator in ESTIMATES
+            and all(self.keep)
+            and self._dropper is not None
+            and self._is_due(trainer.global_step)
+        ):
+            self._meter = Meter(routing_of(find_transformer(pl_module)[1]), self.estimator)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take what was measured in training, and keep the books."""
+        if self._meter is not None:
+            values = self._meter.close()
+            self._meter = None
+            self._collect(trainer, [v if i in self.units else 0.0 for i, v in enumerate(values)])
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _draw(self, step: int) -> None:
+        super()._draw(step)
+        assert self.num_steps is not None
+        self.history.add_keep(step, self.keep_probabilities, every=math.ceil(self.num_steps / 200))
+
+    def _collect(self, trainer: L.Trainer, values: list[float]) -> None:
+        assert self.num_steps is not None
+        assert self._blocks is not None
+        self._collected.append(values)
+        num_affordable = self._affordable(trainer)
+        if len(self._collected) < min(self.num_batches, max(1, math.floor(num_affordable))):
+            return
+        num_batches = len(self._collected)
+        mean = torch.tensor(self._collected, dtype=torch.float64).mean(0)
+        self._collected = []
+        if trainer.world_size > 1:
+            # In single precision, which every device has; and rank 0's, bit for bit.
+            reduced = trainer.strategy.reduce(mean.float().to(trainer.strategy.root_device), reduce_op="mean")
+            mean = trainer.strategy.broadcast(reduced.cpu())
+        # Without which the loss overflows or is undefined can least of all be dropped.
+        worst = 2 * max((value for value in mean.tolist() if math.isfinite(value)), default=1.0)
+        fresh = [value if math.isfinite(value) else worst for value in mean.tolist()]
+        self.sensitivities = (
+            fresh
+            if self.sensitivities is None
+            else [self.ema * old + (1 - self.ema) * new for old, new in zip(self.sensitivities, fresh, strict=True)]
+        )
+        self._allocated = None
+        step = trainer.global_step
+        if robust(self.sensitivities) is None:
+            if not self._has_warned:
+                self._has_warned = True
+                rank_zero_warn(
+                    f"{type(self).__name__}: no block made a difference at step {step}, as in a model whose residual "
+                    "branches still end in zeros. Blocks are dropped uniformly until one does. A longer warmup helps."
+                )
+        else:
+            self._blocks.update(self.sensitivities)
+        self.history.add_sensitivities(step, self.sensitivities)
+        # As many measurements as can be paid for, spread over what is left before the release.
+        num_left = max(0, math.floor((num_affordable - num_batches * len(self.history.measured_at)) / num_batches))
+        last = self.num_steps - self._release
+        spread = math.ceil((last - step) / num_left) if num_left else self.num_steps
+        self._next = step + max(1, self._interval, spread)
+        rank_zero_info(
+            f"{type(self).__name__}: step {step}: measured on {num_batches} batches; never dropped are blocks "
+            f"{', '.join(map(str, sorted(self._blocks.members)))}"
+        )
+
+    def _affordable(self, trainer: L.Trainer) -> float:
+        """Return how many batches may be measured in the whole run."""
+        assert self.anatomy is not None
+        assert self._num_tokens is not None
+        assert self.num_steps is not None
+        training = training_flops(self.anatomy, 1, self._num_tokens)
+        if self.estimator == "ablate":
+            forward = forward_flops(self.anatomy, 1, self._num_tokens)
+            cost = ablation_flops(forward.blocks, forward.outside_blocks, self.units)
+        else:
+            # What running every block costs.
+            cost = math.ceil((1 - self.kept) * sum(training.blocks))
+        # Less than what the run costs, so that the share of what it does cost is kept in any case.
+        run = self.num_steps * trainer.accumulate_grad_batches * self.kept * training.total
+        affordable = self.max_overhead * run / cost
+        if affordable < 1 and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"{type(self).__name__}: measuring a single batch costs {self.max_overhead / affordable:.1%} of so "
+                "short a run, "
+                f"more than max_overhead={self.max_overhead}. It is measured once."
+            )
+        return affordable
+
+    def metrics(self) -> dict[str, float]:
+        """Return the sensitivities."""
+        values = self.sensitivities or []
+        return {f"layer_dropping/sensitivity/{index:02d}": values[index] for index in self.units if values}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the sensitivities."""
+        # log_dir is a collective: every rank asks for it.
+        folder = self.folder or trainer.log_dir or trainer.default_root_dir
+        if trainer.is_global_zero and self.history.measured_at and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.history.draw(Path(folder) / FILE_NAME, self.units)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the model as it was."""
+        if self._meter is not None:
+            self._meter.close()
+            self._meter = None
+        super().teardown(trainer, pl_module, stage)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the measurements too."""
+        return {
+            **super().state_dict(),
+            "sensitivities": self.sensitivities,
+            "block_list": None if self._blocks is None else self._blocks.state_dict(),
+            "next": self._next,
+            "collected": self._collected,
+            "history": self.history.to_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the measurements too."""
+        super().load_state_dict(state_dict)
+        self.sensitivities = state_dict["sensitivities"]
+        self._next = state_dict["next"]
+        self._collected = [list(values) for values in state_dict["collected"]]
+        self.history = History.from_state(state_dict["history"])
+        self._allocated = None
+        if self._blocks is not None and state_dict["block_list"] is not None:
+            self._blocks.load_state_dict(state_dict["block_list"])
+
+    def _rules(self) -> dict[str, Any]:
+        own = ("kept", "estimator", "allocation", "warmup", "ramp", "release", "min_keep", "protected", "measure_every")
+        return {
+            **super()._rules(),
+            **{name: getattr(self, name) for name in (*own, "num_batches", "max_overhead", "ema")},
+        }

@@ -1,0 +1,69 @@
+"""What methods need of the strategy that runs them, checked before training."""
+
+from __future__ import annotations
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+
+def check_unused_parameters(trainer: L.Trainer, method: str) -> None:
+    """Check that the strategy can live with parameters that take no part in some steps.
+
+    Args:
+        trainer: The Trainer.
+        method: What leaves them unused, for messages.
+
+    Raises:
+        MisconfigurationException: If it cannot.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        options = strategy._ddp_kwargs
+        if options.get("static_graph"):
+            raise MisconfigurationException(
+                f"{method} changes from step to step which parameters are used, and static_graph=True promises that "
+                "this "
+                "never happens. Leave static_graph out and set find_unused_parameters=True."
+            )
+        if not options.get("find_unused_parameters"):
+            how = (
+                'Trainer(strategy="ddp_find_unused_parameters_true")'
+                if type(strategy) is DDPStrategy
+                else f"Trainer(strategy={type(strategy).__name__}(find_unused_parameters=True))"
+            )
+            raise MisconfigurationException(
+                f"{method} leaves parameters without a gradient, and DDP would then leave the gradients of others "
+                f"unsynchronised without saying so. Use {how}."
+            )
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise MisconfigurationException(
+            f"{method} leaves parameters without a gradient. {type(strategy).__name__} keeps them in flat buffers, "
+            "where "
+            "a missing gradient counts as zero, or waits for a block that is never called. For sharded training use "
+            'Lightning\'s ModelParallelStrategy or Trainer(strategy="resizable_model_parallel"), which are FSDP2.'
+        )
+
+
+def require_equal_on_ranks(trainer: L.Trainer, digest: int, what: str) -> None:
+    """Compare a decision across ranks. A collective: every rank must call it.
+
+    Args:
+        trainer: The Trainer.
+        digest: A number of at most 62 bits that stands for the decision.
+        what: What was decided, for the message.
+
+    Raises:
+        RuntimeError: If the ranks differ, on all of them.
+    """
+    if trainer.world_size == 1:
+        return
+    digests = trainer.strategy.all_gather(torch.tensor(digest, device=trainer.strategy.root_device)).flatten().tolist()
+    if len(set(digests)) > 1:
+        odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        raise RuntimeError(
+            f"Ranks {', '.join(map(str, odd))} and rank 0 disagree about {what} of step {trainer.global_step}. "
+            "Training was "
+            "stopped before they wait for each other for ever. All ranks must be given the same configuration and seed."
+        )

@@ -1,0 +1,276 @@
+"""The one place where the calls of a model's blocks are intercepted: to skip a block, or to run it on other input.
+
+What is intercepted is the call of a block and not its ``forward``: so the decision lies outside of what
+``block.compile()`` compiles, of the hooks with which FSDP2 gathers a block's parameters, and (but for older versions of
+transformers) of activation checkpointing. It is made by an attribute of the block, the one in which
+:meth:`torch.nn.Module.compile` keeps its compiled call: state dicts and hooks do not see it, and copies and pickles of
+a module leave it out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lit_accel.anatomy import anatomy_of
+
+# What Hugging Face calls a cache of keys and values, now and in its older versions.
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class Order(IntEnum):
+    """In which order methods decide about one call of a block: the first may leave nothing to the next."""
+
+    PROBE = 0
+    SKIP = 1
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of one block.
+
+    Args:
+        index: Which block.
+        module: The block.
+        input_name: The keyword of its hidden states, unless they come first.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    index: int
+    module: nn.Module
+    input_name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """What the block is to work on."""
+        return self.args[0] if self.args else self.kwargs[self.input_name]
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether it comes with keys and values of earlier tokens, as in generation."""
+        return any(self.kwargs.get(name) is not None for name in _CACHES)
+
+    def on(self, hidden_states: Tensor) -> BlockCall:
+        """Return the same call on other hidden states."""
+        if self.args:
+            return replace(self, args=(hidden_states, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, self.input_name: hidden_states})
+
+
+Run = Callable[[BlockCall], Any]
+Handler = Callable[[BlockCall, Run], Any]
+"""Makes a block's output from its call; what it is given runs the block, or the next handler."""
+
+
+def hidden_states_of(output: Any) -> Tensor:
+    """Return the hidden states in a block's output, a tensor or a tuple that begins with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden_states(output: Any, hidden_states: Tensor) -> Any:
+    """Return a block's output with other hidden states."""
+    return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+
+class BlockRouting:
+    """The interception of one transformer's blocks; :func:`routing_of` returns it.
+
+    Handlers see calls in training mode only, and none with a cache: evaluation and generation are never touched.
+    Nothing is intercepted while there is no handler.
+
+    Args:
+        transformer: A model with a registered anatomy.
+    """
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.blocks = anatomy_of(transformer).blocks
+        self.modules = [transformer.get_submodule(block.path) for block in self.blocks]
+        self.is_probing = False
+        """Whether what is called now measures the model and does not train it; see :meth:`probe`."""
+        self._handlers: list[tuple[Order, Handler]] = []
+        self._listeners: list[Callable[[int], None]] = []
+        # By class of the block: the number of its outputs, or None for a tensor.
+        self._num_outputs: dict[type, int | None] = {}
+        self._cache_hook: RemovableHandle | None = None
+        # Weakly: it is a value in a dictionary that holds its keys weakly.
+        self._transformer = weakref.ref(transformer)
+
+    def add(self, handler: Handler, order: Order) -> None:
+        """Let a handler decide about every call of a block.
+
+        Args:
+            handler: See :data:`Handler`.
+            order: Where it stands among others.
+        """
+        if not self._handlers:
+            self._intercept()
+        self._handlers.append((order, handler))
+        self._handlers.sort(key=lambda entry: entry[0])
+
+    def remove(self, handler: Handler) -> None:
+        """Take a handler away; with the last one the blocks are as they were."""
+        self._handlers = [entry for entry in self._handlers if entry[1] != handler]
+        if not self._handlers:
+            self._restore()
+
+    def listen(self, on_skip: Callable[[int], None]) -> None:
+        """Have something called with the index of each block that is skipped, at each call that it is skipped in."""
+        self._listeners.append(on_skip)
+
+    def unlisten(self, on_skip: Callable[[int], None]) -> None:
+        """Undo :meth:`listen`."""
+        self._listeners.remove(on_skip)
+
+    @contextmanager
+    def probe(self, handler: Handler) -> Iterator[None]:
+        """Let a handler decide about calls in evaluation mode too, and no other; for measurements.
+
+        Args:
+            handler: See :data:`Handler`.
+        """
+        others, self._handlers = self._handlers, []
+        self.add(handler, Order.PROBE)
+        self.is_probing = True
+        try:
+            yield
+        finally:
+            self.is_probing = False
+            self.remove(handler)
+            self._handlers = others
+            if others:
+                self._intercept()
+
+    def skip(self, call: BlockCall, hidden_states: Tensor | None = None) -> Any:
+        """Return what the block would return, without running it.
+
+        Args:
+            call: The call.
+            hidden_states: What to return for its hidden states; default is its input itself.
+        """
+        for on_skip in self._listeners:
+            on_skip(call.index)
+        kind = type(call.module)
+        if kind not in self._num_outputs:
+            # Annotations lie and versions differ. This happens once, in a run that skips before it has run anything.
+            with torch.no_grad(), torch.random.fork_rng():
+                self._run(call)
+        num_outputs = self._num_outputs[kind]
+        hidden_states = call.hidden_states if hidden_states is None else hidden_states
+        return hidden_states if num_outputs is None else (hidden_states, *[None] * (num_outputs - 1))
+
+    def _run(self, call: BlockCall) -> Any:
+        intercept = vars(call.module)["_compiled_call_impl"]
+        output = intercept.call(*call.args, **call.kwargs)
+        self._num_outputs[type(call.module)] = len(output) if isinstance(output, tuple) else None
+        return output
+
+    def _route(self, call: BlockCall) -> Any:
+        if call.has_cache or not (call.module.training or self.is_probing):
+            return self._run(call)
+        run: Run = self._run
+        for _, handler in reversed(self._handlers):
+            run = _Bound(handler, run)
+        return run(call)
+
+    def _intercept(self) -> None:
+        for index, (block, module) in enumerate(zip(self.blocks, self.modules, strict=True)):
+            if not isinstance(vars(module).get("_compiled_call_impl"), _Intercept):
+                module._compiled_call_impl = _Intercept(self, index, module, next(iter(block.token_dims)))
+        transformer = self._transformer()
+        if transformer is not None and self._cache_hook is None:
+            parameters = list(inspect.signature(transformer.forward).parameters)
+            if "use_cache" in parameters:
+                hook = _NoCache(parameters.index("use_cache"))
+                self._cache_hook = transformer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _restore(self) -> None:
+        for module in self.modules:
+            intercept = vars(module).get("_compiled_call_impl")
+            if isinstance(intercept, _Intercept):
+                intercept.restore(module)
+        if self._cache_hook is not None:
+            self._cache_hook.remove()
+            self._cache_hook = None
+
+
+class _Bound:
+    """A handler with what it may run."""
+
+    def __init__(self, handler: Handler, run: Run) -> None:
+        self._handler, self._run = handler, run
+
+    def __call__(self, call: BlockCall) -> Any:
+        return self._handler(call, self._run)
+
+
+class _Intercept:
+    """Stands in the place of a block's call.
+
+    Args:
+        routing: Who decides.
+        index: Which block it is.
+        module: The block.
+        input_name: The keyword of its hidden states.
+    """
+
+    def __init__(self, routing: BlockRouting, index: int, module: nn.Module, input_name: str) -> None:
+        self._compiled = module._compiled_call_impl
+        self.is_compiled = self._compiled is not None
+        self.call: Callable[..., Any] = self._compiled or module._call_impl
+        self._routing, self._index, self._module, self._input_name = routing, index, module, input_name
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._routing._route(BlockCall(self._index, self._module, self._input_name, args, kwargs))
+
+    def restore(self, module: nn.Module) -> None:
+        """Give the block its own call back."""
+        if self._compiled is None:
+            del module._compiled_call_impl
+        else:
+            module._compiled_call_impl = self._compiled
+
+
+class _NoCache:
+    """A forward pre-hook that turns off the cache in training, unless one was asked for.
+
+    Hugging Face's decoders fill one by default, in which a skipped block would leave a hole.
+
+    Args:
+        position: Where ``use_cache`` stands among the arguments of the model.
+    """
+
+    def __init__(self, position: int) -> None:
+        self._position = position
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        is_given = len(args) > self._position or any(kwargs.get(name) is not None for name in ("use_cache", *_CACHES))
+        return None if is_given or not module.training else (args, {**kwargs, "use_cache": False})
+
+
+_ROUTINGS: weakref.WeakKeyDictionary[nn.Module, BlockRouting] = weakref.WeakKeyDictionary()
+
+
+def routing_of(transformer: nn.Module) -> BlockRouting:
+    """Return the routing of a transformer, the same for all who ask.
+
+    Args:
+        transformer: A model with a registered anatomy.
+    """
+    if transformer not in _ROUTINGS:
+        _ROUTINGS[transformer] = BlockRouting(transformer)
+    return _ROUTINGS[transformer]
