@@ -23,9 +23,6 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_accel.anatomy import anatomy_of
 
-# What Hugging Face calls a cache of keys and values, now and in its older versions.
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
-
 
 class Order(IntEnum):
     """In which order methods decide about one call of a block: the first may leave nothing to the next."""
@@ -60,7 +57,8 @@ class BlockCall:
     @property
     def has_cache(self) -> bool:
         """Whether it comes with keys and values of earlier tokens, as in generation."""
-        return any(self.kwargs.get(name) is not None for name in _CACHES)
+        # By what all caches of Hugging Face can do: some models pass them on without a keyword.
+        return any(hasattr(type(value), "get_seq_length") for value in (*self.args, *self.kwargs.values()))
 
     def on(self, hidden_states: Tensor) -> BlockCall:
         """Return the same call on other hidden states."""
@@ -258,7 +256,7 @@ class _NoCache:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        is_given = len(args) > self._position or any(kwargs.get(name) is not None for name in ("use_cache", *_CACHES))
+        is_given = len(args) > self._position or any(kwargs.get(name) is not None for name in ("use_cache", "past_key_values"))
         return None if is_given or not module.training else (args, {**kwargs, "use_cache": False})
 
 
