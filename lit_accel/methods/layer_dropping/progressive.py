@@ -37,8 +37,9 @@ def theta_at(
         return 1.0 if step >= rise else theta + (1 - theta) * step / rise
     present = (1 - theta) * math.exp(-gamma * step) + theta
     if release and step >= num_steps - release:
-        first = num_steps - release
-        present = max(present, min(1.0, theta + (1 - theta) * (step - first + 1) / release))
+        # From the end, so that it is exactly 1 there.
+        num_left = max(num_steps - 1 - step, 0)
+        present = max(present, 1 - (1 - theta) * num_left / release)
     return present
 
 
