@@ -97,7 +97,7 @@ class BlockRouting:
         self.modules = [transformer.get_submodule(block.path) for block in self.blocks]
         self.is_probing = False
         """Whether what is called now measures the model and does not train it; see :meth:`probe`."""
-        self._handlers: list[tuple[Order, Handler]] = []
+        self._handlers: list[tuple[Order, Handler, Callable[[], bool]]] = []
         self._listeners: list[Callable[[int], None]] = []
         # By class of the block: the number of its outputs, or None for a tensor.
         self._num_outputs: dict[type, int | None] = {}
@@ -105,17 +105,24 @@ class BlockRouting:
         # Weakly: it is a value in a dictionary that holds its keys weakly.
         self._transformer = weakref.ref(transformer)
 
-    def add(self, handler: Handler, order: Order) -> None:
+    def add(self, handler: Handler, order: Order, is_idle: Callable[[], bool] = lambda: False) -> None:
         """Let a handler decide about every call of a block.
 
         Args:
             handler: See :data:`Handler`.
             order: Where it stands among others.
+            is_idle: Says, before the model is called, that the handler will leave every block of this call as it is.
+                The model is then called as its user called it, also with the cache that Hugging Face fills by default.
         """
         if not self._handlers:
             self._intercept()
-        self._handlers.append((order, handler))
+        self._handlers.append((order, handler, is_idle))
         self._handlers.sort(key=lambda entry: entry[0])
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a call of the model would find every block as it is."""
+        return all(is_idle() for _, _, is_idle in self._handlers)
 
     def remove(self, handler: Handler) -> None:
         """Take a handler away; with the last one the blocks are as they were."""
@@ -175,10 +182,11 @@ class BlockRouting:
         return output
 
     def _route(self, call: BlockCall) -> Any:
-        if call.has_cache or not (call.module.training or self.is_probing):
+        # A probe sees calls with a cache too: decoders fill one in evaluation mode, and nobody reads it afterwards.
+        if not self.is_probing and (call.has_cache or not call.module.training):
             return self._run(call)
         run: Run = self._run
-        for _, handler in reversed(self._handlers):
+        for _, handler, _ in reversed(self._handlers):
             run = _Bound(handler, run)
         return run(call)
 
@@ -190,7 +198,7 @@ class BlockRouting:
         if transformer is not None and self._cache_hook is None:
             parameters = list(inspect.signature(transformer.forward).parameters)
             if "use_cache" in parameters:
-                hook = _NoCache(parameters.index("use_cache"))
+                hook = _NoCache(parameters.index("use_cache"), self)
                 self._cache_hook = transformer.register_forward_pre_hook(hook, with_kwargs=True)
 
     def _restore(self) -> None:
@@ -242,22 +250,31 @@ class _Intercept:
 
 
 class _NoCache:
-    """A forward pre-hook that turns off the cache in training, unless one was asked for.
+    """A forward pre-hook that turns off the cache in training, unless one was asked for; nothing in a copy of the
+    model.
 
     Hugging Face's decoders fill one by default, in which a skipped block would leave a hole.
 
     Args:
         position: Where ``use_cache`` stands among the arguments of the model.
+        routing: Says whether any block will be treated otherwise than usual; ``None`` in copies.
     """
 
-    def __init__(self, position: int) -> None:
-        self._position = position
+    def __init__(self, position: int, routing: BlockRouting | None = None) -> None:
+        self._position, self._routing = position, routing
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        is_given = len(args) > self._position or any(kwargs.get(name) is not None for name in ("use_cache", "past_key_values"))
-        return None if is_given or not module.training else (args, {**kwargs, "use_cache": False})
+        is_given = len(args) > self._position or any(
+            kwargs.get(name) is not None for name in ("use_cache", "past_key_values")
+        )
+        if is_given or not module.training or self._routing is None or self._routing.is_idle:
+            return None
+        return args, {**kwargs, "use_cache": False}
+
+    def __reduce__(self) -> tuple[type[_NoCache], tuple[int]]:
+        return _NoCache, (self._position,)
 
 
 _ROUTINGS: weakref.WeakKeyDictionary[nn.Module, BlockRouting] = weakref.WeakKeyDictionary()

@@ -130,7 +130,10 @@ def test_no_cache_is_filled_in_training_unless_asked_for(name):
     model = in_training(name)
     x = tokens(model)
     assert model(input_ids=x).past_key_values is not None
-    dropping(model, [True, False, True, True])
+    dropper = dropping(model, [True] * 4, p=1.0)
+    assert model(input_ids=x).past_key_values is not None
+    dropper.set([True, False, True, True], [0.5] * 4)
+    assert copy.deepcopy(model)(input_ids=x).past_key_values is not None
     assert model(input_ids=x).past_key_values is None
     # With a cache everything runs.
     model.zero_grad()

@@ -19,6 +19,14 @@ def check_unused_parameters(trainer: L.Trainer, method: str) -> None:
         MisconfigurationException: If it cannot.
     """
     strategy = trainer.strategy
+    # Before DDP, of which Lightning's DeepSpeedStrategy is a subclass.
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise MisconfigurationException(
+            f"{method} leaves parameters without a gradient. {type(strategy).__name__} keeps them in flat buffers, "
+            "where "
+            "a missing gradient counts as zero, or waits for a block that is never called. For sharded training use "
+            'Lightning\'s ModelParallelStrategy or Trainer(strategy="resizable_model_parallel"), which are FSDP2.'
+        )
     if isinstance(strategy, DDPStrategy):
         options = strategy._ddp_kwargs
         if options.get("static_graph"):
@@ -37,13 +45,6 @@ def check_unused_parameters(trainer: L.Trainer, method: str) -> None:
                 f"{method} leaves parameters without a gradient, and DDP would then leave the gradients of others "
                 f"unsynchronised without saying so. Use {how}."
             )
-    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
-        raise MisconfigurationException(
-            f"{method} leaves parameters without a gradient. {type(strategy).__name__} keeps them in flat buffers, "
-            "where "
-            "a missing gradient counts as zero, or waits for a block that is never called. For sharded training use "
-            'Lightning\'s ModelParallelStrategy or Trainer(strategy="resizable_model_parallel"), which are FSDP2.'
-        )
 
 
 def require_equal_on_ranks(trainer: L.Trainer, digest: int, what: str) -> None:

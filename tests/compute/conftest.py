@@ -3,14 +3,6 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(autouse=True)
 def autocast_knows_the_meta_device(monkeypatch):
     """Older torch and transformers ask whether autocast is on for the meta device, and torch does not know it."""
     is_enabled = torch.is_autocast_enabled

@@ -23,14 +23,6 @@ AUGMENTED = {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.5, "hflip": 0.
 STRONG = {**AUGMENTED, "batch_size": 8}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 def prepared(**arguments):
     data = ImageDataModule(**arguments)
     data.prepare_data()

@@ -238,7 +238,7 @@ class LayerDropping(L.Callback, ABC):
             require_equal_on_ranks(trainer, int.from_bytes(digest, "little") >> 2, "the dropped layers")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """See that what did not run has no gradient: one of an earlier step would be applied once more."""
+        """See that what was dropped has no gradient: it has run, or one of an earlier step is still there."""
         if self._dropper is None or all(self.keep):
             return
         for keep, module in zip(self.keep, self._dropper.modules, strict=True):
@@ -246,10 +246,9 @@ class LayerDropping(L.Callback, ABC):
                 if parameter.grad is not None:
                     raise RuntimeError(
                         f"{name} of a block that was dropped in step {trainer.global_step} has a gradient, which the "
-                        "optimizer "
-                        "would apply. Clear gradients with zero_grad(set_to_none=True), the default, and let the loss "
-                        "depend "
-                        "on parameters through the model only."
+                        "optimizer would apply. Clear gradients with zero_grad(set_to_none=True), the default; call "
+                        "blocks as block(...) and not as block.forward(...), which cannot be intercepted; and let the "
+                        "loss depend on parameters through the model only."
                     )
 
     def on_train_batch_end(
@@ -261,12 +260,6 @@ class LayerDropping(L.Callback, ABC):
         self._dropper.is_active = False
         if self._step is None or trainer.global_step == self._step:
             return
-        if not self._dropper.num_calls:
-            rank_zero_warn(
-                f"{type(self).__name__}: no block of the transformer was called in this optimizer step, so nothing was "
-                "dropped. Call the model, or its blocks as block(...) and not as block.forward(...)."
-            )
-        self._dropper.num_calls = 0
         costs = self.costs()
         for tally in (self.total, self._window):
             tally.add(costs, self.keep, self.keep_probabilities)

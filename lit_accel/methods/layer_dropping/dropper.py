@@ -30,13 +30,11 @@ class BlockDropper:
 
     def __init__(self, routing: BlockRouting, scale: Scale) -> None:
         self.is_active = False
-        self.num_calls = 0
-        """How many calls of blocks it has decided about."""
         self._routing, self._scale = routing, scale
         self._keep: Sequence[bool] = [True] * len(routing.blocks)
         self._factors: Sequence[float] = [1.0] * len(routing.blocks)
         self._hooks: list[RemovableHandle] = []
-        routing.add(self._handle, Order.SKIP)
+        routing.add(self._handle, Order.SKIP, self._is_idle)
         if scale == "sublayer":
             self._hook_branches()
 
@@ -62,10 +60,12 @@ class BlockDropper:
             hook.remove()
         self._hooks = []
 
+    def _is_idle(self) -> bool:
+        return not self.is_active or (all(self._keep) and all(factor == 1 for factor in self._factors))
+
     def _handle(self, call: BlockCall, run: Run) -> Any:
         if not self.is_active:
             return run(call)
-        self.num_calls += 1
         if not self._keep[call.index]:
             return self._routing.skip(call)
         output = run(call)

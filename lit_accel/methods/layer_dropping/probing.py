@@ -23,14 +23,15 @@ def measuring(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None
         trainer: The Trainer.
         pl_module: Its module.
     """
-    with isolate_rng(), evaluating(pl_module), _silent(pl_module), trainer.precision_plugin.train_step_context():
+    with evaluating(pl_module), _silent(pl_module), trainer.precision_plugin.train_step_context():
         yield
 
 
 def training_loss(pl_module: L.LightningModule, batch: Any, batch_idx: int) -> Tensor:
     """Return the loss that the module's training step computes for a batch.
 
-    It is called on the module itself: a wrapper for distributed training would wait for a backward pass.
+    It is called on the module itself: a wrapper for distributed training would wait for a backward pass. The state of
+    the random generators is the same afterwards.
 
     Args:
         pl_module: The module.
@@ -43,7 +44,9 @@ def training_loss(pl_module: L.LightningModule, batch: Any, batch_idx: int) -> T
     arguments = (
         (batch, batch_idx) if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2) else (batch,)
     )
-    output: Any = pl_module.training_step(*arguments)
+    # Each time from the same state: a step that draws, of masks say, is to be measured on equal terms.
+    with isolate_rng():
+        output: Any = pl_module.training_step(*arguments)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(

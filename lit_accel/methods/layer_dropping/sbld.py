@@ -132,9 +132,11 @@ class SensitivityLayerDropping(LayerDropping):
         self._blocks: BlockList | None = None
         self._next: int | None = None
         self._collected: list[list[float]] = []
+        self._num_measured_tokens: int | None = None
         self._meter: Meter | None = None
         self._allocated: tuple[float, list[float]] | None = None
-        self._has_warned = False
+        self._has_warned_of_zeros = False
+        self._has_warned_of_cost = False
 
     @property
     def drops(self) -> bool:
@@ -195,6 +197,11 @@ class SensitivityLayerDropping(LayerDropping):
             num_steps_of(duration, self.num_steps)
             for duration in (self.warmup, self.ramp, self.release, self.measure_every)
         )
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # A rehearsal of a few steps has no room for the durations of the run that it rehearses.
+            self._warmup, self._ramp, self._release = (
+                min(steps, self.num_steps // 3) for steps in (self._warmup, self._ramp, self._release)
+            )
         try:
             self._kept_share(0)
         except ValueError as error:
@@ -220,10 +227,11 @@ class SensitivityLayerDropping(LayerDropping):
         # Solved anew only where the budget has moved visibly; planned FLOPs are those of the solution.
         kept = round(kept, 4)
         if self._allocated is None or self._allocated[0] != kept:
+            assert self._num_measured_tokens is not None
             values = robust(self.sensitivities)
             probabilities = allocate(
                 kept,
-                self.costs(),
+                training_flops(self.anatomy, 1, self._num_measured_tokens).blocks,
                 sensitivities=values,
                 min_keep=self.min_keep,
                 always=self._blocks.members,
@@ -280,6 +288,13 @@ class SensitivityLayerDropping(LayerDropping):
     def _collect(self, trainer: L.Trainer, values: list[float]) -> None:
         assert self.num_steps is not None
         assert self._blocks is not None
+        # All that decisions depend on is the same on every rank, bit for bit, after each batch: a checkpoint holds rank
+        # 0's, and ranks may see sequences of different lengths.
+        if trainer.world_size > 1:
+            # In single precision, which every device has.
+            mine = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
+            values = trainer.strategy.reduce(mine, reduce_op="mean").tolist()
+        values, self._num_measured_tokens = trainer.strategy.broadcast((values, self._num_tokens))
         self._collected.append(values)
         num_affordable = self._affordable(trainer)
         if len(self._collected) < min(self.num_batches, max(1, math.floor(num_affordable))):
@@ -287,10 +302,6 @@ class SensitivityLayerDropping(LayerDropping):
         num_batches = len(self._collected)
         mean = torch.tensor(self._collected, dtype=torch.float64).mean(0)
         self._collected = []
-        if trainer.world_size > 1:
-            # In single precision, which every device has; and rank 0's, bit for bit.
-            reduced = trainer.strategy.reduce(mean.float().to(trainer.strategy.root_device), reduce_op="mean")
-            mean = trainer.strategy.broadcast(reduced.cpu())
         # Without which the loss overflows or is undefined can least of all be dropped.
         worst = 2 * max((value for value in mean.tolist() if math.isfinite(value)), default=1.0)
         fresh = [value if math.isfinite(value) else worst for value in mean.tolist()]
@@ -302,8 +313,8 @@ class SensitivityLayerDropping(LayerDropping):
         self._allocated = None
         step = trainer.global_step
         if robust(self.sensitivities) is None:
-            if not self._has_warned:
-                self._has_warned = True
+            if not self._has_warned_of_zeros:
+                self._has_warned_of_zeros = True
                 rank_zero_warn(
                     f"{type(self).__name__}: no block made a difference at step {step}, as in a model whose residual "
                     "branches still end in zeros. Blocks are dropped uniformly until one does. A longer warmup helps."
@@ -324,11 +335,11 @@ class SensitivityLayerDropping(LayerDropping):
     def _affordable(self, trainer: L.Trainer) -> float:
         """Return how many batches may be measured in the whole run."""
         assert self.anatomy is not None
-        assert self._num_tokens is not None
+        assert self._num_measured_tokens is not None
         assert self.num_steps is not None
-        training = training_flops(self.anatomy, 1, self._num_tokens)
+        training = training_flops(self.anatomy, 1, self._num_measured_tokens)
         if self.estimator == "ablate":
-            forward = forward_flops(self.anatomy, 1, self._num_tokens)
+            forward = forward_flops(self.anatomy, 1, self._num_measured_tokens)
             cost = ablation_flops(forward.blocks, forward.outside_blocks, self.units)
         else:
             # What running every block costs.
@@ -336,8 +347,8 @@ class SensitivityLayerDropping(LayerDropping):
         # Less than what the run costs, so that the share of what it does cost is kept in any case.
         run = self.num_steps * trainer.accumulate_grad_batches * self.kept * training.total
         affordable = self.max_overhead * run / cost
-        if affordable < 1 and not self._has_warned:
-            self._has_warned = True
+        if affordable < 1 and not self._has_warned_of_cost:
+            self._has_warned_of_cost = True
             rank_zero_warn(
                 f"{type(self).__name__}: measuring a single batch costs {self.max_overhead / affordable:.1%} of so "
                 "short a run, "
@@ -374,6 +385,7 @@ class SensitivityLayerDropping(LayerDropping):
             "block_list": None if self._blocks is None else self._blocks.state_dict(),
             "next": self._next,
             "collected": self._collected,
+            "num_measured_tokens": self._num_measured_tokens,
             "history": self.history.to_state(),
         }
 
@@ -383,6 +395,7 @@ class SensitivityLayerDropping(LayerDropping):
         self.sensitivities = state_dict["sensitivities"]
         self._next = state_dict["next"]
         self._collected = [list(values) for values in state_dict["collected"]]
+        self._num_measured_tokens = state_dict["num_measured_tokens"]
         self.history = History.from_state(state_dict["history"])
         self._allocated = None
         if self._blocks is not None and state_dict["block_list"] is not None:

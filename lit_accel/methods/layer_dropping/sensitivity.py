@@ -49,21 +49,23 @@ def ablate(routing: BlockRouting, loss: Callable[[], Tensor], units: Sequence[in
     Returns:
         The loss with all blocks, and its growth for each of ``units``; negative where the model does better without.
     """
-    outputs: dict[int, Tensor] = {}
+    # One for each call: a loss may call the model several times.
+    outputs: dict[int, list[Tensor]] = {}
 
     def record(call: BlockCall, run: Run) -> Any:
         output = run(call)
-        outputs[call.index] = hidden_states_of(output)
+        outputs.setdefault(call.index, []).append(hidden_states_of(output))
         return output
 
     with routing.probe(record):
         full = loss().double().item()
     changes = []
     for unit in units:
+        before = {index: iter(calls) for index, calls in outputs.items()}
 
-        def leave_out(call: BlockCall, run: Run, unit: int = unit) -> Any:
+        def leave_out(call: BlockCall, run: Run, unit: int = unit, before: Any = before) -> Any:
             if call.index < unit:
-                return routing.skip(call, outputs[call.index])
+                return routing.skip(call, next(before[call.index]))
             return routing.skip(call) if call.index == unit else run(call)
 
         with routing.probe(leave_out):
