@@ -298,13 +298,20 @@ def test_flops_are_those_of_the_blocks_that_ran(name, monkeypatch):
     routing = routing_of(model)
     routing._num_outputs[type(routing.modules[0])] = None
     dropper = dropping(model, [True] * len(routing.blocks), p=0.5, scale="none")
-    for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        keep = [True, *(torch.rand(len(routing.blocks) - 1, generator=generator) < 0.5).tolist()]
+
+    def counted(keep):
         dropper.set(keep, [0.5] * len(keep))
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             # Without a mask and a cache, causal models look for packed sequences, in values.
             mask = {"attention_mask": torch.ones_like(x)} if anatomy.blocks[0].attention.causal else {}
             call(model, x, **mask).sum().backward()
-        ran = sum(flops for flops, kept in zip(cost.blocks, keep, strict=True) if kept)
-        assert counter.get_total_flops() == ran + cost.outside_blocks
+        return counter.get_total_flops()
+
+    others = [False] * (len(routing.blocks) - 1)
+    # Of the older transformers torch counts the rotary angles too, which come to nothing.
+    assert counted([True, *others]) == pytest.approx(cost.blocks[0] + cost.outside_blocks, rel=1e-4)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        keep = [True, *(torch.rand(len(others), generator=generator) < 0.5).tolist()]
+        ran = sum(flops for flops, kept in zip(cost.blocks[1:], keep[1:], strict=True) if kept)
+        assert counted(keep) - counted([True, *others]) == ran
