@@ -34,6 +34,8 @@ check: $(STAMP)  ## lint, format and type check
 bench: $(STAMP)  ## the measurements behind the README; resumes where it stopped
 	$(BIN)/python -m scripts.measure_transition
 	$(BIN)/python -m scripts.measure_realised_share
+	$(BIN)/python -m scripts.measure_layer_dropping
+	$(BIN)/python -m scripts.compare_layer_dropping
 	$(BIN)/python -m scripts.compare_presets
 	$(BIN)/python -m scripts.compare_vision --choices
 	$(MAKE) bench-report

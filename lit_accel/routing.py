@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_accel.anatomy import anatomy_of
+from lit_accel.anatomy import anatomy_of, is_compiled
 
 
 class Order(IntEnum):
@@ -123,6 +123,11 @@ class BlockRouting:
     def is_idle(self) -> bool:
         """Whether a call of the model would find every block as it is."""
         return all(is_idle() for _, _, is_idle in self._handlers)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a block is compiled."""
+        return any(is_compiled(module) for module in self.modules)
 
     def remove(self, handler: Handler) -> None:
         """Take a handler away; with the last one the blocks are as they were."""
@@ -269,7 +274,11 @@ class _NoCache:
         is_given = len(args) > self._position or any(
             kwargs.get(name) is not None for name in ("use_cache", "past_key_values")
         )
-        if is_given or not module.training or self._routing is None or self._routing.is_idle:
+        routing = self._routing
+        if is_given or routing is None or not (module.training or routing.is_probing):
+            return None
+        # Compiled blocks would each become a graph of their own, by their place in the cache.
+        if routing.is_idle and not routing.is_compiled:
             return None
         return args, {**kwargs, "use_cache": False}
 

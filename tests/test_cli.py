@@ -15,6 +15,7 @@ from lit_accel.tasks import CausalLM
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(CONFIGS.glob("recipe/*.yaml"))
+DROPPING_RECIPES = [path for path in RECIPES if "LayerDropping" in path.read_text()]
 PAPER_RECIPES = sorted(CONFIGS.glob("recipe/paper/*.yaml"))  # of full size
 VOCAB_SIZE = 37
 
@@ -265,6 +266,52 @@ def test_a_method_goes_on_top_of_a_dense_recipe(tmp_path, monkeypatch, capfd):
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "runs/gpt2_dense/model")
     assert model.num_parameters() == ledger.num_parameters[-1]
     assert "Compute ledger" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", DROPPING_RECIPES, ids=lambda path: path.stem)
+def test_layer_dropping_can_be_rehearsed_in_a_single_step(recipe):
+    little = LITTLE_IMAGES if "lit_accel.data.ImageDataModule" in recipe.read_text() else LITTLE_TEXT
+    run_a_little("--config", str(recipe), "--trainer.fast_dev_run=true", little=little)
+
+
+@pytest.mark.parametrize("method", ["progressive_layer_dropping", "sensitivity_layer_dropping"])
+def test_layer_dropping_goes_on_top_of_a_dense_recipe(method, tmp_path):
+    run_a_little(
+        *("--config", str(CONFIGS / "recipe/deit_dense.yaml")),
+        *("--config", str(CONFIGS / f"method/{method}.yaml")),
+        *("--trainer.max_steps=20", "--trainer.val_check_interval=20"),
+        little=LITTLE_IMAGES,
+    )
+    run = tmp_path / "runs/deit_dense/version_0"
+    rows = [row for row in csv.DictReader((run / "metrics.csv").open()) if row["layer_dropping/kept_flops"]]
+    assert len(rows) == 2
+    assert all(0 < float(row["layer_dropping/kept_flops"]) < 1 for row in rows)
+    assert all(f"layer_dropping/keep_probability/{index:02d}" in rows[0] for index in range(6))
+    ledger = read_ledger(run)
+    assert ledger.flops[-1] < ledger.dense_flops[-1]  # also with what measuring costs
+    assert (run / "sensitivities.png").exists() == (method == "sensitivity_layer_dropping")
+    assert (tmp_path / "runs/deit_dense/model/config.json").exists()
+
+
+def test_layer_dropping_recipes_differ_from_the_dense_ones_as_they_say():
+    recipes = {path.stem: yaml.safe_load(path.read_text()) for path in RECIPES}
+    for name, changed in {
+        "gpt2_pld": {"n_layer", "n_embd", "n_head"},
+        "gpt2_sbld": {"n_layer", "n_embd", "n_head"},
+        "bert_pld": {"num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"},
+        "deit_pld": set(),
+        "swinv2_sbld": {"drop_path_rate"},
+    }.items():
+        recipe, dense = recipes[name], recipes[f"{name.partition('_')[0]}_dense"]
+        sizes, dense_sizes = (
+            {**given["model"]["init_args"].pop("overrides", {}), **given["model"]["init_args"].pop("model_kwargs", {})}
+            for given in (recipe, json.loads(json.dumps(dense)))
+        )
+        assert {key for key in sizes if sizes[key] != dense_sizes.get(key)} == changed
+        assert sizes.keys() | changed == dense_sizes.keys() | changed
+        assert recipe["data"] == dense["data"]
+        assert recipe["trainer"]["max_steps"] == dense["trainer"]["max_steps"]
+    assert recipes["gpt2_pld"]["model"] == recipes["gpt2_sbld"]["model"]
 
 
 @pytest.mark.parametrize("data", ["stdlib_bpe", "stdlib_bytes"])

@@ -12,7 +12,12 @@ import pytest
 from tests.training import TinyModule, loader
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "lit_accel/methods/multilevel/README.md", "docs/new_family.md"]
+DOCUMENTS = [
+    "README.md",
+    "lit_accel/methods/multilevel/README.md",
+    "lit_accel/methods/layer_dropping/README.md",
+    "docs/new_family.md",
+]
 
 
 def snippets():

@@ -23,17 +23,15 @@ def check_unused_parameters(trainer: L.Trainer, method: str) -> None:
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise MisconfigurationException(
             f"{method} leaves parameters without a gradient. {type(strategy).__name__} keeps them in flat buffers, "
-            "where "
-            "a missing gradient counts as zero, or waits for a block that is never called. For sharded training use "
-            'Lightning\'s ModelParallelStrategy or Trainer(strategy="resizable_model_parallel"), which are FSDP2.'
+            "where a missing gradient counts as zero, or waits for a block that is never called. For sharded training "
+            'use Lightning\'s ModelParallelStrategy or Trainer(strategy="resizable_model_parallel"), which are FSDP2.'
         )
     if isinstance(strategy, DDPStrategy):
         options = strategy._ddp_kwargs
         if options.get("static_graph"):
             raise MisconfigurationException(
                 f"{method} changes from step to step which parameters are used, and static_graph=True promises that "
-                "this "
-                "never happens. Leave static_graph out and set find_unused_parameters=True."
+                "this never happens. Leave static_graph out and set find_unused_parameters=True."
             )
         if not options.get("find_unused_parameters"):
             how = (

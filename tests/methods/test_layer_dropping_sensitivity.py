@@ -143,6 +143,53 @@ def test_ratio_and_cosine_are_what_they_are_called():
         assert measured["cos"][index] == pytest.approx(1 - cosine.item(), rel=1e-4)
 
 
+def test_a_token_of_zeros_has_no_ratio():
+    model, _ = language_model("llama-gqa")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 0
+    routing = routing_of(model)
+    ids = torch.tensor([[0, 5, 6, 7]])
+    values = []
+    for inputs in (ids, ids[:, 1:]):
+        meter = Meter(routing, "ratio")
+        # Without attention to others each token is by itself.
+        alone = torch.eye(inputs.shape[1], dtype=torch.bool)[None, None]
+        model(input_ids=inputs, attention_mask=alone, use_cache=False)
+        values.append(meter.close()[0])
+    assert 0 < values[0] < 100
+    assert values[0] == pytest.approx(values[1], rel=0.2)
+
+
+def test_a_longer_list_does_not_break_the_budget(tmp_path):
+    callback = SensitivityLayerDropping(kept=0.8, warmup=1, ramp=0, release=0)
+    module = TinyModule()
+    module.net = make_model("gpt2-tied", dtype=torch.float32, vocab=64, **{**SIZE, "blocks": 8}).train()
+    trainer = make_trainer(tmp_path, callbacks=[callback], strategy="auto", max_steps=100, max_epochs=-1)
+    callback.setup(trainer, module, "fit")
+    callback._num_measured_tokens = 12
+    for first in (1, 3, 5):
+        callback.sensitivities = [5.0 if index in (first, first + 1) else 1.0 for index in range(8)]
+        callback._blocks.update(callback.sensitivities)
+    assert len(callback._blocks.members) == 6
+    assert sum(callback.probabilities(50)) / 8 == pytest.approx(0.8)
+
+
+def test_it_can_be_turned_on_at_a_resume(tmp_path):
+    def fit(callback, max_steps, ckpt_path=None):
+        module = TinyModule()
+        module.net = make_model("gpt2-tied", dtype=torch.float32, vocab=64, **SIZE).train()
+        trainer = make_trainer(tmp_path, callbacks=[callback], strategy="auto", max_steps=max_steps, max_epochs=-1)
+        trainer.fit(module, loader(), ckpt_path=ckpt_path, weights_only=False)
+        return trainer
+
+    fit(SensitivityLayerDropping(kept=1.0), 4).save_checkpoint(tmp_path / "dense.ckpt")
+    callback = SensitivityLayerDropping(kept=0.8, warmup=6, ramp=0, max_overhead=1.0, num_batches=1)
+    with pytest.warns(UserWarning, match="follows those"):
+        fit(callback, 30, tmp_path / "dense.ckpt")
+    assert callback.history.measured_at[0] == 6
+    assert callback.total.kept < callback.total.dense
+
+
 class Noisy(TinyModule):
     """Its training step draws numbers, logs, and has dropout: none of which a measurement may leave a trace of."""
 

@@ -44,12 +44,13 @@ class History:
         """Read what :meth:`to_state` wrote."""
         return cls(**{name: list(values) for name, values in state.items()})
 
-    def draw(self, path: Path, units: Sequence[int]) -> None:
+    def draw(self, path: Path, units: Sequence[int], num_steps: int) -> None:
         """Draw sensitivities and keep probabilities, layers by time.
 
         Args:
             path: The file to write; its folder is made.
             units: The blocks that could be dropped; only their sensitivities were measured.
+            num_steps: The step at which the pictures end.
         """
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
@@ -68,7 +69,7 @@ class History:
             (right, self.kept_at, self.keep_probabilities, "keep probability", {"vmin": 0, "vmax": 1, "cmap": "magma"}),
         ):
             image = axes.pcolormesh(
-                _edges(steps),
+                [*steps, max(num_steps, steps[-1] + 1)],
                 [index - 0.5 for index in range(num_blocks + 1)],
                 list(zip(*values, strict=True)),
                 **options,
@@ -80,9 +81,3 @@ class History:
             axes.invert_yaxis()
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
-
-
-def _edges(points: Sequence[int]) -> list[float]:
-    """Return the edges of cells that begin at each point; the last is as wide as the one before."""
-    width = points[-1] - points[-2] if len(points) > 1 else 1
-    return [*(float(point) for point in points), float(points[-1] + width)]

@@ -59,6 +59,11 @@ class BlockList:
         """Indices of the blocks that are not dropped."""
         return self._permanent | self._num_below.keys()
 
+    @property
+    def most_sensitive(self) -> frozenset[int]:
+        """The members without those that are about to leave: no more than ``share`` and what is always a member."""
+        return self._permanent | {unit for unit, count in self._num_below.items() if count == 0}
+
     def update(self, sensitivities: Sequence[float]) -> frozenset[int]:
         """Take a measurement into account.
 

@@ -46,15 +46,38 @@ def droppable_blocks(anatomy: Anatomy, pinned: Sequence[int], method: str) -> li
             f"model {len(units)} remain (pinned: {sorted(kept) or 'none'}; in stages too short to drop from: "
             f"{sum(anatomy.size.depths[stage] for stage in short)}). Pin fewer blocks, or train a deeper model."
         )
+    paths = [f"{anatomy.blocks[unit].path}." for unit in units]
     for group in anatomy.tied:
-        owners = {anatomy.parameters[name].block for name in group if name in anatomy.parameters}
-        if len(group) > 1 and any(owner is not None for owner in owners):
+        if len(group) > 1 and any(name.startswith(path) for name in group for path in paths):
             raise MisconfigurationException(
-                f"{' and '.join(group)} are one parameter: blocks that share state cannot be dropped one by one. Give "
-                "each "
-                "block its own parameters."
+                f"{' and '.join(group)} are one parameter: blocks that share state cannot be dropped one by one. "
+                "Give each block its own parameters."
             )
     return units
+
+
+def check_levels(trainer: L.Trainer, anatomy: Anatomy, pinned: Sequence[int], method: str) -> None:
+    """Check that blocks can be dropped at every size that the model will have.
+
+    Args:
+        trainer: The Trainer.
+        anatomy: The full model.
+        pinned: Indices of blocks that always run.
+        method: Who asks, for messages.
+
+    Raises:
+        MisconfigurationException: If they cannot.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not getattr(callback, "changes_size", False):
+            continue
+        for number, level_map in enumerate(callback.plan_levels(anatomy), 1):
+            try:
+                droppable_blocks(level_map.small, pinned, method)
+            except MisconfigurationException as error:
+                raise MisconfigurationException(
+                    f"At level {number} of {type(callback).__name__}: {error} Or reduce its depth less."
+                ) from error
 
 
 def resolve_scale(anatomy: Anatomy, scale: Scale | None, method: str) -> Scale:
@@ -99,8 +122,8 @@ def check_compilation(transformer: nn.Module, anatomy: Anatomy, scale: Scale, me
         MisconfigurationException: If it cannot.
     """
     blocks = [transformer.get_submodule(block.path) for block in anatomy.blocks]
-    inside = {id(module) for block in blocks for module in block.modules()}
-    if any(is_compiled(module) and id(module) not in inside for module in transformer.modules()):
+    around = [module for module in transformer.modules() if module not in blocks and is_compiled(module)]
+    if any(block is part for module in around for part in module.modules() for block in blocks):
         raise MisconfigurationException(
             f"{method}: the whole transformer is compiled, which would make a graph of every combination of blocks. "
             "Compile "
@@ -109,8 +132,7 @@ def check_compilation(transformer: nn.Module, anatomy: Anatomy, scale: Scale, me
     if scale == "sublayer" and any(is_compiled(module) for block in blocks for module in block.modules()):
         raise MisconfigurationException(
             f'{method}: scale="sublayer" works inside of the blocks, and these are compiled. Use scale="block", which '
-            "works "
-            "outside of them, or leave the blocks uncompiled."
+            "works outside of them, or leave the blocks uncompiled."
         )
 
 

@@ -175,18 +175,17 @@ class SensitivityLayerDropping(LayerDropping):
             return
         num_blocks = len(anatomy.blocks)
         outside = set(range(num_blocks)) - set(self.units)
-        self._blocks = BlockList(num_blocks, self.units, self.protected, outside)
-        num_protected = len({self.units[0], self.units[-1]}) + math.ceil(self.protected * len(self.units))
+        # A second fit of the same trainer goes on with its members.
+        self._blocks = self._blocks or BlockList(num_blocks, self.units, self.protected, outside)
+        num_protected = len({self.units[0], self.units[-1]}) + math.ceil(self.protected * len(self.units) - 1e-9)
         never = outside | set(self.units[: min(num_protected, len(self.units))])
         # Blocks are taken as equally expensive, which they are but for stages of Swin, and there nearly.
         floor = floor_of([1.0] * num_blocks, self.min_keep, never)
         if self.kept < floor:
             raise MisconfigurationException(
                 f"kept is {self.kept}, but with min_keep {self.min_keep} and up to {len(never)} of the {num_blocks} "
-                "blocks "
-                f"never dropped (pinned, in short stages, first, last and most sensitive), {floor:.2f} is the least. "
-                "Raise "
-                "kept, or lower min_keep or protected."
+                f"blocks never dropped (pinned, in short stages, first, last, most sensitive) {floor:.2f} is the "
+                "least. Raise kept, or lower min_keep or protected."
             )
 
     def plan(self, trainer: L.Trainer) -> None:
@@ -202,6 +201,10 @@ class SensitivityLayerDropping(LayerDropping):
             self._warmup, self._ramp, self._release = (
                 min(steps, self.num_steps // 3) for steps in (self._warmup, self._ramp, self._release)
             )
+        excess = self._warmup + self._ramp + self._release - self.num_steps
+        if 0 < excess <= 2 and all(isinstance(share, float) for share in (self.warmup, self.ramp, self.release)):
+            # Shares that add up to the whole run may be rounded to more than it.
+            self._ramp = max(0, self._ramp - excess)
         try:
             self._kept_share(0)
         except ValueError as error:
@@ -229,12 +232,17 @@ class SensitivityLayerDropping(LayerDropping):
         if self._allocated is None or self._allocated[0] != kept:
             assert self._num_measured_tokens is not None
             values = robust(self.sensitivities)
+            costs = training_flops(self.anatomy, 1, self._num_measured_tokens).blocks
+            always = self._blocks.members
+            if floor_of(costs, self.min_keep, always) > self.kept:
+                # Those that stay on the list for a while longer would cost more than there is.
+                always = self._blocks.most_sensitive
             probabilities = allocate(
                 kept,
-                training_flops(self.anatomy, 1, self._num_measured_tokens).blocks,
+                costs,
                 sensitivities=values,
                 min_keep=self.min_keep,
-                always=self._blocks.members,
+                always=always,
                 allocation="uniform" if values is None else self.allocation,
             )
             self._allocated = kept, probabilities
@@ -277,6 +285,9 @@ class SensitivityLayerDropping(LayerDropping):
         if self._meter is not None:
             values = self._meter.close()
             self._meter = None
+            if self.estimator == "taylor" and (total := sum(values)) > 0:
+                # The factor of a gradient scaler is in them, and changes.
+                values = [value / total for value in values]
             self._collect(trainer, [v if i in self.units else 0.0 for i, v in enumerate(values)])
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -366,7 +377,7 @@ class SensitivityLayerDropping(LayerDropping):
         # log_dir is a collective: every rank asks for it.
         folder = self.folder or trainer.log_dir or trainer.default_root_dir
         if trainer.is_global_zero and self.history.measured_at and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.history.draw(Path(folder) / FILE_NAME, self.units)
+            self.history.draw(Path(folder) / FILE_NAME, self.units, trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the model as it was."""
@@ -393,7 +404,8 @@ class SensitivityLayerDropping(LayerDropping):
         """Take up the measurements too."""
         super().load_state_dict(state_dict)
         self.sensitivities = state_dict["sensitivities"]
-        self._next = state_dict["next"]
+        # A checkpoint of a run that dropped nothing has no measurement planned.
+        self._next = self._next if state_dict["next"] is None else state_dict["next"]
         self._collected = [list(values) for values in state_dict["collected"]]
         self._num_measured_tokens = state_dict["num_measured_tokens"]
         self.history = History.from_state(state_dict["history"])

@@ -77,7 +77,8 @@ class Meter:
     """Estimates sensitivities from what passes through the blocks in training, in which every block must run.
 
     - ``taylor``: the sum over tokens of |<g, f>|, f = block(x) - x being what the block adds and g the gradient of the
-      loss with respect to its output: what the loss would change by to first order, were it left out for one token.
+      loss with respect to its output: what the loss would change by to first order, were it left out for one token. In
+      the scale of the gradients: with a gradient scaler or accumulation only relations mean something.
     - ``ratio``: the mean over tokens of |f| / |x|.
     - ``cos``: the mean over tokens of 1 - cos(x, block(x)).
 
@@ -119,9 +120,10 @@ def _taylor(gradient: Tensor, added: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _ratio(x: Tensor, y: Tensor) -> Tensor:
-    # A token of zeros, padding say, has no ratio.
     lengths = x.float().norm(dim=-1)
-    return ((y.float() - x.float()).norm(dim=-1) / lengths.clamp(min=torch.finfo(torch.float32).tiny)).mean()
+    # A token of zeros, padding say, has no ratio.
+    ratios = torch.where(lengths > 0, (y.float() - x.float()).norm(dim=-1) / lengths, 0)
+    return ratios.sum() / (lengths > 0).sum().clamp(min=1)
 
 
 @torch.no_grad()
