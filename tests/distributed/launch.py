@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.distributed.cycle", "tests.distributed.merged", "tests.distributed.sharded"])
+CONTEXT.set_forkserver_preload(
+    ["tests.distributed.cycle", "tests.distributed.dropping", "tests.distributed.merged", "tests.distributed.sharded"]
+)
 
 
 def _rank_main(rank: int, port: int, devices: int, target: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -340,6 +340,12 @@ def test_a_level_at_which_nothing_could_be_dropped(tmp_path, callback, level):
         fit(tmp_path, callback, MultiLevelTraining([level]), strategy="resizable")
 
 
+def test_a_compiled_lightning_module(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[pld()], **ENDLESS, strategy="auto")
+    with pytest.raises(MisconfigurationException, match="compile_blocks"):
+        trainer.fit(torch.compile(TinyModule(), backend="eager"), loader())
+
+
 def test_a_compiled_head_is_none_of_its_business(tmp_path):
     module = TinyModule()
     module.net.lm_head.compile(backend="eager")

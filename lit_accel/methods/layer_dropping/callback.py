@@ -130,7 +130,7 @@ class LayerDropping(L.Callback, ABC):
         check_trainer(trainer, self, LayerDropping)
         if self.drops:
             scale = resolve_scale(anatomy, self.scale, name)
-            check_compilation(transformer, anatomy, scale, name)
+            check_compilation(pl_module, transformer, anatomy, scale, name)
             check_unused_parameters(trainer, name)
             check_levels(trainer, anatomy.at(full_size(pl_module)), self.pinned, name)
         self.num_steps = None

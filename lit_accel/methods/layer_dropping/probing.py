@@ -23,7 +23,8 @@ def measuring(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None
         trainer: The Trainer.
         pl_module: Its module.
     """
-    with evaluating(pl_module), _silent(pl_module), trainer.precision_plugin.train_step_context():
+    context = trainer.precision_plugin.train_step_context()
+    with evaluating(pl_module), _silent(pl_module), _same_buffers(pl_module), context:
         yield
 
 
@@ -66,3 +67,19 @@ def _silent(pl_module: L.LightningModule) -> Iterator[None]:
     finally:
         for name in names:
             del vars(pl_module)[name]
+
+
+@contextmanager
+def _same_buffers(pl_module: L.LightningModule) -> Iterator[None]:
+    """Give buffers back the values that they had: a training step may count, or keep a running mean."""
+    buffers = [
+        (part, name, buffer, buffer.clone())
+        for part in pl_module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for part, name, buffer, values in buffers:
+            part._buffers[name] = buffer.copy_(values)

@@ -109,10 +109,13 @@ def resolve_scale(anatomy: Anatomy, scale: Scale | None, method: str) -> Scale:
     return "none"
 
 
-def check_compilation(transformer: nn.Module, anatomy: Anatomy, scale: Scale, method: str) -> None:
+def check_compilation(
+    pl_module: L.LightningModule, transformer: nn.Module, anatomy: Anatomy, scale: Scale, method: str
+) -> None:
     """Check that what is compiled can be skipped.
 
     Args:
+        pl_module: The LightningModule.
         transformer: The transformer.
         anatomy: Its anatomy.
         scale: What is scaled.
@@ -123,7 +126,9 @@ def check_compilation(transformer: nn.Module, anatomy: Anatomy, scale: Scale, me
     """
     blocks = [transformer.get_submodule(block.path) for block in anatomy.blocks]
     around = [module for module in transformer.modules() if module not in blocks and is_compiled(module)]
-    if any(block is part for module in around for part in module.modules() for block in blocks):
+    # Where Lightning keeps what torch.compile(module) has made, and what it calls from then on.
+    is_whole = getattr(pl_module, "_compiler_ctx", None) is not None
+    if is_whole or any(block is part for module in around for part in module.modules() for block in blocks):
         raise MisconfigurationException(
             f"{method}: the whole transformer is compiled, which would make a graph of every combination of blocks. "
             "Compile "

@@ -285,9 +285,6 @@ class SensitivityLayerDropping(LayerDropping):
         if self._meter is not None:
             values = self._meter.close()
             self._meter = None
-            if self.estimator == "taylor" and (total := sum(values)) > 0:
-                # The factor of a gradient scaler is in them, and changes.
-                values = [value / total for value in values]
             self._collect(trainer, [v if i in self.units else 0.0 for i, v in enumerate(values)])
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -306,6 +303,9 @@ class SensitivityLayerDropping(LayerDropping):
             mine = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
             values = trainer.strategy.reduce(mine, reduce_op="mean").tolist()
         values, self._num_measured_tokens = trainer.strategy.broadcast((values, self._num_tokens))
+        if self.estimator == "taylor" and 0 < (total := sum(values)) < math.inf:
+            # The factor of a gradient scaler is in them, and changes. Only now: each rank's own total is another one.
+            values = [value / total for value in values]
         self._collected.append(values)
         num_affordable = self._affordable(trainer)
         if len(self._collected) < min(self.num_batches, max(1, math.floor(num_affordable))):
