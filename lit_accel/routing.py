@@ -13,7 +13,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -59,12 +59,6 @@ class BlockCall:
         """Whether it comes with keys and values of earlier tokens, as in generation."""
         # By what all caches of Hugging Face can do: some models pass them on without a keyword.
         return any(hasattr(type(value), "get_seq_length") for value in (*self.args, *self.kwargs.values()))
-
-    def on(self, hidden_states: Tensor) -> BlockCall:
-        """Return the same call on other hidden states."""
-        if self.args:
-            return replace(self, args=(hidden_states, *self.args[1:]))
-        return replace(self, kwargs={**self.kwargs, self.input_name: hidden_states})
 
 
 Run = Callable[[BlockCall], Any]

@@ -7,6 +7,8 @@ import importlib
 import pytest
 import torch
 
+from tests.methods.dropping import Graphs
+
 
 def _in_double(original):
     def forward(self, hidden_states):
@@ -31,3 +33,11 @@ def rms_norms_in_double():
             norm = getattr(module, f"{prefix}RMSNorm")
             patch.setattr(norm, "forward", _in_double(norm.forward))
         yield
+
+
+@pytest.fixture
+def graphs():
+    """A backend of torch.compile that counts graphs, and no graph of an earlier test."""
+    torch._dynamo.reset()
+    yield Graphs()
+    torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Layer dropping beside everything else that a run has: compilation, checkpointing, optimizers, resume, resizing."""
+"""Layer dropping beside what changes how a block runs: compilation, checkpointing, optimizers."""
 
 from __future__ import annotations
 
@@ -9,84 +9,27 @@ import lightning.pytorch as L
 import pytest
 import timm.layers
 import torch
-from torch.utils.data import DataLoader
 
 from lit_accel import (
     ComputeLedger,
-    Level,
-    MultiLevelTraining,
-    Phase,
     ProgressiveLayerDropping,
-    SensitivityLayerDropping,
 )
 from lit_accel.anatomy import anatomy_of, build_resized, compile_blocks, is_compiled
 from lit_accel.compute import training_flops
-from lit_accel.methods.layer_dropping import BlockDropper, ablate, keep_probabilities
-from lit_accel.methods.layer_dropping.probing import measuring, training_loss
-from lit_accel.routing import routing_of
-from tests.data.saving import SaveAlways
-from tests.models import make_model, tokens
-from tests.training import SIZE, TinyModule, Tokens, loader, make_trainer
-
-SMALL = {"heads": 2, "head_dim": 8, "ffn": 32}
-
-
-def in_training(name: str, blocks: int = 6) -> torch.nn.Module:
-    return make_model(name, dtype=torch.float32, blocks=blocks, **SMALL).train()
-
-
-def dropping(model: torch.nn.Module) -> BlockDropper:
-    dropper = BlockDropper(routing_of(model), "none" if "Bert" in type(model).__name__ else "block")
-    dropper.is_active = True
-    return dropper
-
-
-def backward(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
-    """Return what a model puts out and the gradients of its parameters."""
-    model.zero_grad()
-    inputs = tokens(model)
-    output = model(input_ids=inputs)[0] if hasattr(model, "config") else model(inputs)
-    output.logsumexp(-1).mean().backward()
-    return output.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def assert_gradients_equal(actual, expected, **tolerance):
-    for name, gradient in expected.items():
-        assert (actual[name] is None) == (gradient is None), name
-        if gradient is not None:
-            torch.testing.assert_close(actual[name], gradient, msg=name, **tolerance)
-
-
-def assert_dropped_have_none(model, gradients, keep):
-    for kept, block in zip(keep, anatomy_of(model).blocks, strict=True):
-        of_block = [gradient for name, gradient in gradients.items() if name.startswith(f"{block.path}.")]
-        assert of_block
-        assert all((gradient is not None) is kept for gradient in of_block)
-
-
-def intercepted(module: torch.nn.Module) -> list[torch.nn.Module]:
-    return [part for part in module.modules() if vars(part).get("_compiled_call_impl") is not None]
-
+from tests.methods.dropping import (
+    Masks,
+    assert_dropped_have_none,
+    assert_gradients_equal,
+    backward,
+    count_calls,
+    dropping,
+    in_training,
+    intercepted,
+)
+from tests.models import tokens
+from tests.training import TinyModule, Tokens, loader, make_trainer
 
 # Compilation
-
-
-class Graphs:
-    """A backend that changes nothing and counts."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph, inputs):
-        self.count += 1
-        return graph.forward
-
-
-@pytest.fixture
-def graphs():
-    torch._dynamo.reset()
-    yield Graphs()
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["gpt2-tied", "llama-gqa", "bert-mlm", "vit"])
@@ -129,17 +72,6 @@ def test_an_intercepted_block_is_not_taken_for_a_compiled_one(graphs):
     assert [block._compiled_call_impl for block in compiled.transformer.h] == calls
 
 
-def test_measuring_compiled_blocks_needs_no_graph_for_each(tmp_path, graphs):
-    module = Indexed(blocks=12)
-    compile_blocks(module.net, backend=graphs)
-    method = METHODS["ablate"]()
-    run(tmp_path, [method], module=module)
-    assert method.history.measured_at
-    assert method.total.kept_share < 0.9
-    # In training and in evaluation mode, with and without an input that needs a gradient.
-    assert graphs.count <= 4
-
-
 # Activation checkpointing
 
 CHECKPOINTING = {
@@ -165,19 +97,6 @@ def enable_checkpointing():
     reentrant = timm.layers.use_reentrant_ckpt()
     yield enable
     timm.layers.set_reentrant_ckpt(reentrant)
-
-
-def count_calls(model: torch.nn.Module) -> list[int]:
-    """Count the calls of something inside of each block."""
-    calls = [0] * len(anatomy_of(model).blocks)
-
-    def count(index, *_):
-        calls[index] += 1
-
-    for index, block in enumerate(anatomy_of(model).blocks):
-        first = next(part for part in model.get_submodule(block.path).modules() if isinstance(part, torch.nn.LayerNorm))
-        first.register_forward_hook(partial(count, index))
-    return calls
 
 
 @pytest.mark.parametrize("setting", sorted(CHECKPOINTING))
@@ -213,19 +132,6 @@ class Images(L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-
-class Masks(L.Callback):
-    """Notes what was decided for each optimizer step. Stands right of the method."""
-
-    def __init__(self, method) -> None:
-        self.method = method
-        self.keep: dict[int, list[bool]] = {}
-        self.probabilities: dict[int, list[float]] = {}
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.keep[trainer.global_step] = list(self.method.keep)
-        self.probabilities[trainer.global_step] = list(self.method.keep_probabilities)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -310,296 +216,3 @@ def test_gradients_of_zeros_are_stopped_before_the_optimizer_applies_them(tmp_pa
     assert module.step == 1
     assert all(torch.equal(module.before[name], value) for name, value in module.state_dict().items())
     assert not intercepted(module)
-
-
-# Resume
-
-
-class Indexed(TinyModule):
-    """Takes its data by the index of the batch, so that a run can go on in the middle of an epoch."""
-
-    def __init__(self, blocks: int = 6) -> None:
-        super().__init__(scheduler="cosine")
-        self.net = make_model("gpt2-tied", dtype=torch.float32, **{**SIZE, "blocks": blocks}).train()
-        self.ids = Tokens(512).ids
-        self.seen: list[float] = []
-
-    def training_step(self, batch, batch_idx):
-        loss = self.loss(self.ids[8 * batch_idx :][:8])
-        if torch.is_grad_enabled():
-            self.seen.append(loss.item())
-        return loss
-
-
-STEPS = 16
-SBLD = {"kept": 0.72, "warmup": 3, "ramp": 2, "release": 2, "min_keep": 0.1, "protected": 0.2, "max_overhead": 1.0}
-METHODS = {
-    "pld": partial(ProgressiveLayerDropping, gamma=1.0, release=3),
-    "pld-bernoulli": partial(ProgressiveLayerDropping, gamma=1.0, sampler="bernoulli"),
-    "ablate": partial(SensitivityLayerDropping, measure_every=4, num_batches=2, **SBLD),
-    "taylor": partial(SensitivityLayerDropping, measure_every=4, num_batches=2, estimator="taylor", **SBLD),
-}
-
-
-def run(folder, callbacks, *, resume=None, module=None, **options):
-    """Train, all checkpoints in the folder; returns what a resumed run must reproduce."""
-    module = module or Indexed()
-    masks = Masks(next(callback for callback in callbacks if hasattr(callback, "keep_probabilities")))
-    trainer = make_trainer(folder, callbacks=[*callbacks, masks], max_epochs=-1, **{"max_steps": STEPS, **options})
-    trainer.fit(module, DataLoader(range(64)), ckpt_path=resume)
-    return module, masks
-
-
-def last(items: dict, start: int) -> dict:
-    return {step: item for step, item in items.items() if step >= start}
-
-
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, name):
-    method = METHODS[name]()
-    whole, masks = run(tmp_path, [method, SaveAlways(tmp_path)])
-    assert list(masks.keep) == list(range(STEPS))
-    assert sum(not all(keep) for keep in masks.keep.values()) >= 6
-    collected = {}
-    for batch in (2, 4, 5, 9, 13):
-        path = tmp_path / f"batch-{batch}.ckpt"
-        state = torch.load(path, weights_only=True)["callbacks"]
-        collected[batch] = next((s["collected"] for s in state.values() if "collected" in s), None)
-        resumed = METHODS[name]()
-        module, again = run(tmp_path, [resumed], resume=path)
-        assert (again.keep, again.probabilities) == (last(masks.keep, batch), last(masks.probabilities, batch))
-        assert module.seen == whole.seen[batch:]
-        for key, value in whole.state_dict().items():
-            assert torch.equal(module.state_dict()[key], value), key
-        assert resumed.state_dict() == method.state_dict()
-    if "pld" not in name:
-        assert len(set(method.sensitivities)) == 6
-        # A measurement of two batches was interrupted.
-        assert len(collected[4]) == 1
-
-
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_mask_outlives_an_interruption_of_its_accumulation_window(tmp_path, name):
-    """The gradients of the first micro-batches are lost, as always with Lightning; the mask is not."""
-    options = {"accumulate_grad_batches": 3}
-    method = METHODS[name]()
-    _, masks = run(tmp_path, [method, SaveAlways(tmp_path)], **options)
-    steps = [4, 8] if "pld" in name else method.history.measured_at[1:]
-    assert len(steps) >= 2
-    for step in steps:
-        # Measurements end with the second micro-batch, and what they find is for the next step.
-        for batch in (3 * step + 1, 3 * step + 2):
-            _, again = run(tmp_path, [METHODS[name]()], resume=tmp_path / f"batch-{batch}.ckpt", **options)
-            assert again.keep[step] == masks.keep[step]
-            assert again.probabilities[step] == masks.probabilities[step]
-
-
-# Measuring
-
-
-@pytest.mark.parametrize("kind", ["draws", "calls twice"])
-def test_ablation_is_what_leaving_a_block_out_by_hand_does(tmp_path, kind):
-    class Module(TinyModule):
-        def training_step(self, batch, batch_idx):
-            if kind == "calls twice":
-                return self.loss(batch[:4]) + 2 * self.loss(batch[4:])
-            return self.loss(torch.where(torch.rand(batch.shape) < 0.3, 3, batch))
-
-    measured = {}
-
-    class Measure(L.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            routing = routing_of(pl_module.net)
-
-            def loss():
-                return training_loss(pl_module, batch, batch_idx)
-
-            def without(unit):
-                def leave_out(call, run):
-                    return routing.skip(call) if call.index == unit else run(call)
-
-                with routing.probe(leave_out):
-                    return loss().double().item()
-
-            with measuring(trainer, pl_module):
-                measured["ablate"] = ablate(routing, loss, range(4))
-                full = without(None)
-                measured["by hand"] = full, [without(unit) - full for unit in range(4)]
-
-    make_trainer(tmp_path, callbacks=[Measure()], max_steps=1).fit(Module(), loader())
-    assert measured["ablate"] == measured["by hand"]
-    assert all(change != 0 for change in measured["ablate"][1])
-
-
-def test_measuring_leaves_buffers_as_they_were(tmp_path):
-    class Counting(Indexed):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("num_seen", torch.zeros(()))
-            self.register_buffer("mean", torch.zeros(()))
-
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            self.num_seen += 1
-            self.mean = 0.5 * self.mean + 0.5 * loss.detach()
-            return loss
-
-    method = METHODS["ablate"]()
-    module, _ = run(tmp_path, [method], module=Counting())
-    assert len(method.history.measured_at) == 3
-    assert module.num_seen == STEPS
-    mean = 0.0
-    for loss in module.seen:
-        mean = 0.5 * mean + 0.5 * loss
-    assert module.mean.item() == pytest.approx(mean, rel=1e-5)
-
-
-def test_a_second_fit_goes_on_with_the_protected_blocks(tmp_path):
-    class Look(L.Callback):
-        def on_train_start(self, trainer, pl_module):
-            self.block_list = method.state_dict()["block_list"]
-
-    method, look = METHODS["taylor"](), Look()
-    trainer = make_trainer(tmp_path, callbacks=[method, look], max_steps=STEPS, max_epochs=-1)
-    module = Indexed()
-    trainer.fit(module, DataLoader(range(64)))
-    assert not look.block_list["sensitive"]
-    before = method.state_dict()["block_list"]
-    assert before["sensitive"]
-    trainer.fit_loop.epoch_loop.max_steps = STEPS + 2
-    trainer.fit(module, DataLoader(range(64)))
-    assert look.block_list == before
-
-
-# Resizing
-
-PHASES = [Phase(0, 4), Phase(1, 6), Phase(0)]
-DEPTHS = [4] * 4 + [2] * 6 + [4] * 6
-
-
-class FollowsTheModel(L.Callback):
-    """The blocks that are there now are the ones that are dropped. Stands right of both methods."""
-
-    def __init__(self, method, compiled=False) -> None:
-        self.method, self.compiled = method, compiled
-        self.depths: list[int] = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        blocks = pl_module.net.transformer.h
-        self.depths.append(len(blocks))
-        assert intercepted(pl_module) == list(blocks)
-        assert [is_compiled(block) for block in blocks] == [self.compiled] * len(blocks)
-        theta = self.method.theta_at(trainer.global_step)
-        assert self.method.keep_probabilities == keep_probabilities(theta, len(blocks))
-        for keep, block in zip(self.method.keep, blocks, strict=True):
-            assert all((parameter.grad is not None) is keep for parameter in block.parameters())
-
-
-def cycle(folder, order, *, resume=None, compiled=None, callbacks=()):
-    method, levels = ProgressiveLayerDropping(gamma=2.0), MultiLevelTraining([Level()], PHASES)
-    watch = FollowsTheModel(method, compiled is not None)
-    module = Indexed(blocks=4)
-    if compiled is not None:
-        compile_blocks(module.net, backend=compiled)
-    first = [levels, method] if order == "resize first" else [method, levels]
-    module, masks = run(folder, [*first, watch, *callbacks], resume=resume, module=module)
-    assert watch.depths == DEPTHS[-len(watch.depths) :]
-    return module, masks
-
-
-@pytest.fixture(scope="module")
-def cycles(tmp_path_factory):
-    """Uninterrupted V-cycles, and their checkpoints."""
-    made = {}
-    num_threads = torch.get_num_threads()
-    # As in the tests: sums depend on it.
-    torch.set_num_threads(1)
-    for order in ("resize first", "resize last"):
-        folder = tmp_path_factory.mktemp(order.replace(" ", "-"))
-        made[order] = (folder, *cycle(folder, order, callbacks=[SaveAlways(folder)]))
-    torch.set_num_threads(num_threads)
-    return made
-
-
-def test_a_v_cycle_drops_the_blocks_of_each_size(cycles):
-    (_, module, masks), (_, other, others) = cycles.values()
-    dropped = {step for step, keep in masks.keep.items() if not all(keep)}
-    assert len(dropped & set(range(4, 10))) >= 2
-    assert len(dropped & set(range(10, 16))) >= 3
-    assert (masks.keep, masks.probabilities) == (others.keep, others.probabilities)
-    assert module.seen == other.seen
-    for each in (module, other):
-        assert not intercepted(each)
-        assert not each.net._forward_pre_hooks
-    assert not torch.nn.modules.module._global_module_registration_hooks
-
-
-@pytest.mark.parametrize("order", ["resize first", "resize last"])
-# Before the switch, at it, inside of the small phase, and at its end.
-@pytest.mark.parametrize("batch", [3, 4, 6, 10])
-def test_a_v_cycle_is_resumed_bitwise(cycles, tmp_path, order, batch):
-    folder, whole, masks = cycles[order]
-    module, again = cycle(tmp_path, order, resume=folder / f"batch-{batch}.ckpt")
-    assert (again.keep, again.probabilities) == (last(masks.keep, batch), last(masks.probabilities, batch))
-    assert module.seen == whole.seen[batch:]
-    for key, value in whole.state_dict().items():
-        assert torch.equal(module.state_dict()[key], value), key
-
-
-def test_compiled_blocks_stay_compiled_through_a_v_cycle(cycles, tmp_path, graphs):
-    _, whole, _ = cycles["resize first"]
-    module, _ = cycle(tmp_path, "resize first", compiled=graphs)
-    assert 1 <= graphs.count <= 4
-    assert module.seen == pytest.approx(whole.seen, rel=1e-4)
-    assert all(is_compiled(block) for block in module.net.transformer.h)
-    assert not any(hasattr(block._compiled_call_impl, "restore") for block in module.net.transformer.h)
-
-
-def test_a_trainer_that_was_resumed_in_the_small_phase_can_go_on(cycles, tmp_path):
-    folder, *_ = cycles["resize first"]
-    method, levels = ProgressiveLayerDropping(gamma=2.0), MultiLevelTraining([Level()], PHASES)
-    trainer = make_trainer(tmp_path, callbacks=[levels, method], max_steps=STEPS, max_epochs=-1)
-    module = Indexed(blocks=4)
-    trainer.fit(module, DataLoader(range(64)), ckpt_path=folder / "batch-6.ckpt")
-    trainer.fit_loop.epoch_loop.max_steps = STEPS + 2
-    trainer.fit(module, DataLoader(range(64)))
-    assert trainer.global_step == STEPS + 2
-
-
-# Mixed precision, accumulation and clipping
-
-
-class Ran(L.Callback):
-    """Notes which blocks ran in each micro-batch, by what was called inside of them."""
-
-    def on_train_start(self, trainer, pl_module):
-        self.calls = count_calls(pl_module.net)
-        self.windows: dict[int, list[tuple[int, ...]]] = {}
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.before, self.step = list(self.calls), trainer.global_step
-
-    def on_train_batch_end(self, *_):
-        ran = tuple(now - then for now, then in zip(self.calls, self.before, strict=True))
-        self.windows.setdefault(self.step, []).append(ran)
-
-
-def test_mixed_precision_with_accumulation_and_clipping(tmp_path):
-    losses = {}
-    for precision in ("32-true", "bf16-mixed"):
-        method, ran = ProgressiveLayerDropping(gamma=2.0), Ran()
-        module, masks = run(
-            tmp_path,
-            [method, ran],
-            precision=precision,
-            accumulate_grad_batches=3,
-            gradient_clip_val=0.5,
-        )
-        assert len(ran.windows) == STEPS
-        for step, window in ran.windows.items():
-            assert window == [tuple(map(int, masks.keep[step]))] * 3
-        assert len(set(map(tuple, masks.keep.values()))) > 4
-        assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
-        losses[precision] = module.seen
-    assert losses["bf16-mixed"] != losses["32-true"]
-    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.05)
