@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import math
 import pickle
 import random
 import weakref
@@ -266,6 +268,36 @@ def test_the_expectation_over_the_draw_is_the_block(name):
         dropper.close()
         call(model, x)
         torch.testing.assert_close(p * scaled + (1 - p) * inputs[0], kept[0], rtol=0, atol=1e-12)
+
+
+class LinearBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16, dtype=torch.float64)
+
+    def forward(self, x):
+        return x + self.linear(x)
+
+
+@pytest.mark.parametrize(("scale", "is_exact"), [("block", True), ("none", False)])
+def test_the_expectation_of_a_linear_stack_is_the_stack_with_every_block(scale, is_exact):
+    """Over all masks, each with its probability; blocks are dropped independently."""
+    routing = routing_of(make_model("gpt2-base", **SMALL).train())
+    torch.manual_seed(0)
+    stack = torch.nn.Sequential(*(LinearBlock() for _ in range(4))).train()
+    routing.modules = list(stack)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    full = stack(x)
+    keep_probabilities = [0.9, 0.75, 0.5, 0.4]
+    dropper = BlockDropper(routing, scale)
+    dropper.is_active = True
+    expected = torch.zeros_like(full)
+    for keep in itertools.product([True, False], repeat=4):
+        dropper.set(keep, keep_probabilities)
+        weight = math.prod(p if kept else 1 - p for p, kept in zip(keep_probabilities, keep, strict=True))
+        expected += weight * stack(x)
+    error = (expected - full).abs().max()
+    assert error < 1e-12 if is_exact else error > 0.1
 
 
 def test_drawing_and_skipping_leave_every_global_generator_alone():
