@@ -89,6 +89,7 @@ class LayerDropping(L.Callback, ABC):
         self._observer: TransformerObserver | None = None
         self._has_compared = False
         self._costs: tuple[int, ...] | None = None
+        self._scale: Scale = "none"
         self._num_loaded_blocks = 0
 
     # What subclasses say
@@ -129,8 +130,8 @@ class LayerDropping(L.Callback, ABC):
         self._take(anatomy)
         check_trainer(trainer, self, LayerDropping)
         if self.drops:
-            scale = resolve_scale(anatomy, self.scale, name)
-            check_compilation(pl_module, transformer, anatomy, scale, name)
+            self._scale = resolve_scale(anatomy, self.scale, name)
+            check_compilation(pl_module, transformer, anatomy, self._scale, name)
             check_unused_parameters(trainer, name)
             check_levels(trainer, anatomy.at(full_size(pl_module)), self.pinned, name)
         self.num_steps = None
@@ -148,8 +149,7 @@ class LayerDropping(L.Callback, ABC):
             if num_steps in (float("inf"), -1):
                 raise MisconfigurationException(
                     f"{type(self).__name__} must know how long the run is. Give the Trainer max_steps, or max_epochs "
-                    "with a "
-                    "data loader of known length."
+                    "with a data loader of known length."
                 )
             self.num_steps = int(num_steps)
         self.plan(trainer)
@@ -180,12 +180,10 @@ class LayerDropping(L.Callback, ABC):
         was_active = self._dropper is not None and self._dropper.is_active
         if self._dropper is not None:
             self._dropper.close()
-        routing = routing_of(transformer)
         anatomy = anatomy_of(transformer)
         if self.anatomy is None or anatomy.size != self.anatomy.size:
             self._take(anatomy)
-        scale = "none" if any(block.residual == "post_norm" for block in anatomy.blocks) else self.scale or "block"
-        self._dropper = BlockDropper(routing, scale)
+        self._dropper = BlockDropper(routing_of(transformer), self._scale)
         if self._step is not None and was_active:
             # Replaced after this step's mask was drawn.
             self._draw(self._step)
@@ -248,7 +246,7 @@ class LayerDropping(L.Callback, ABC):
         """See that what was dropped has no gradient: it has run, or one of an earlier step is still there."""
         if self._dropper is None or all(self.keep):
             return
-        for keep, module in zip(self.keep, self._dropper.modules, strict=True):
+        for keep, module in zip(self.keep, self._dropper.routing.modules, strict=True):
             for name, parameter in () if keep else module.named_parameters():
                 if parameter.grad is not None:
                     raise RuntimeError(

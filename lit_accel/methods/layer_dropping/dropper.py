@@ -30,7 +30,8 @@ class BlockDropper:
 
     def __init__(self, routing: BlockRouting, scale: Scale) -> None:
         self.is_active = False
-        self._routing, self._scale = routing, scale
+        self.routing = routing
+        self._scale = scale
         self._keep: Sequence[bool] = [True] * len(routing.blocks)
         self._factors: Sequence[float] = [1.0] * len(routing.blocks)
         self._hooks: list[RemovableHandle] = []
@@ -48,14 +49,9 @@ class BlockDropper:
         self._keep = keep
         self._factors = [1.0 if p == 1 else 1 / p for p in keep_probabilities]
 
-    @property
-    def modules(self) -> Sequence[nn.Module]:
-        """The blocks."""
-        return self._routing.modules
-
     def close(self) -> None:
         """Leave the model as it was."""
-        self._routing.remove(self._handle)
+        self.routing.remove(self._handle)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -67,7 +63,7 @@ class BlockDropper:
         if not self.is_active:
             return run(call)
         if not self._keep[call.index]:
-            return self._routing.skip(call)
+            return self.routing.skip(call)
         output = run(call)
         factor = self._factors[call.index]
         if self._scale != "block" or factor == 1:
@@ -75,15 +71,11 @@ class BlockDropper:
         return with_hidden_states(output, _amplify(call.hidden_states, hidden_states_of(output), factor))
 
     def _hook_branches(self) -> None:
-        for index, (block, module) in enumerate(zip(self._routing.blocks, self._routing.modules, strict=True)):
-            for path in sorted({name.rpartition(".")[0] for name in block.branch_outputs}):
-                branch = module.get_submodule(path) if _has(module, path) else None
-                if branch is not None:
+        for index, (block, module) in enumerate(zip(self.routing.blocks, self.routing.modules, strict=True)):
+            paths = {name.rpartition(".")[0] for name in block.branch_outputs}
+            for path, branch in module.named_modules():
+                if path in paths:
                     self._hooks.append(branch.register_forward_hook(_BranchScale(self, index)))
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    return any(name == path for name, _ in module.named_modules())
 
 
 def _amplify(x: Tensor, output: Tensor, factor: float) -> Tensor:
@@ -104,7 +96,7 @@ class _BranchScale:
         self._dropper, self._index = dropper, index
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        # The block's own call has decided whether dropping applies; outside of it every factor is one.
+        # Not only within the block's own call: activation checkpointing runs it again, in the backward pass.
         if self._dropper is None or not self._dropper.is_active or not module.training:
             return None
         factor = self._dropper._factors[self._index]

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_accel.anatomy import Anatomy, find_transformer
+from lit_accel.anatomy import Anatomy
 from lit_accel.compute.flops import forward_flops, training_flops
 from lit_accel.methods.layer_dropping.budget import Allocation, allocate, floor_of, robust
 from lit_accel.methods.layer_dropping.callback import LayerDropping
@@ -23,7 +23,6 @@ from lit_accel.methods.layer_dropping.probing import measuring, training_loss
 from lit_accel.methods.layer_dropping.protection import BlockList
 from lit_accel.methods.layer_dropping.sampling import Sampler
 from lit_accel.methods.layer_dropping.sensitivity import ESTIMATES, Estimator, Meter, ablate, ablation_flops
-from lit_accel.routing import routing_of
 from lit_accel.schedules import num_steps_of
 
 FILE_NAME = "sensitivities.png"
@@ -158,14 +157,12 @@ class SensitivityLayerDropping(LayerDropping):
                 if getattr(callback, "changes_size", False):
                     raise MisconfigurationException(
                         f"{name} measures the blocks of one model, and {type(callback).__name__} changes their "
-                        "number. Use "
-                        "ProgressiveLayerDropping, whose schedule follows the size."
+                        "number. Use ProgressiveLayerDropping, whose schedule follows the size."
                     )
             if self.estimator == "ablate" and not pl_module.automatic_optimization:
                 raise MisconfigurationException(
                     f'{name}: estimator="ablate" calls the training step to measure it, and with manual optimization '
-                    "that "
-                    'would train. Use "taylor", "ratio" or "cos".'
+                    'that would train. Use "taylor", "ratio" or "cos".'
                 )
         super().setup(trainer, pl_module, stage)
 
@@ -261,7 +258,7 @@ class SensitivityLayerDropping(LayerDropping):
     ) -> None:
         """Measure if it is time, and draw the blocks of a new optimizer step."""
         if self._dropper is not None and self._is_due(trainer.global_step):
-            routing = routing_of(find_transformer(pl_module)[1])
+            routing = self._dropper.routing
             if self.estimator == "ablate":
                 with measuring(trainer, pl_module):
                     _, changes = ablate(routing, lambda: training_loss(pl_module, batch, batch_idx), self.units)
@@ -276,7 +273,7 @@ class SensitivityLayerDropping(LayerDropping):
             and self._dropper is not None
             and self._is_due(trainer.global_step)
         ):
-            self._meter = Meter(routing_of(find_transformer(pl_module)[1]), self.estimator)
+            self._meter = Meter(self._dropper.routing, self.estimator)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -362,8 +359,7 @@ class SensitivityLayerDropping(LayerDropping):
             self._has_warned_of_cost = True
             rank_zero_warn(
                 f"{type(self).__name__}: measuring a single batch costs {self.max_overhead / affordable:.1%} of so "
-                "short a run, "
-                f"more than max_overhead={self.max_overhead}. It is measured once."
+                f"short a run, more than max_overhead={self.max_overhead}. It is measured once."
             )
         return affordable
 
