@@ -8,16 +8,22 @@ from lit_accel.methods.layer_dropping.sbld import SensitivityLayerDropping
 from lit_accel.methods.multilevel.callback import MultiLevelTraining
 from lit_accel.methods.multilevel.mixin import MultiLevelMixin
 from lit_accel.methods.multilevel.phases import Level, Phase
+from lit_accel.methods.token_dropping.callback import RandomLTD
+from lit_accel.methods.token_dropping.learning_rate import LayerTokenLR
+from lit_accel.methods.token_dropping.mixin import RandomLTDMixin
 from lit_accel.resizing import ResizableMixin
 
 __all__ = [
     "ComputeLedger",
+    "LayerTokenLR",
     "Level",
     "MultiLevelMixin",
     "MultiLevelTraining",
     "Phase",
     "ProgressiveLayerDropping",
     "ProgressiveLayerDroppingMixin",
+    "RandomLTD",
+    "RandomLTDMixin",
     "ResizableMixin",
     "SensitivityLayerDropping",
     "SensitivityLayerDroppingMixin",

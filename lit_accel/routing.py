@@ -29,6 +29,7 @@ class Order(IntEnum):
 
     PROBE = 0
     SKIP = 1
+    SUBSET = 2
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class BlockCall:
 
 
 Run = Callable[[BlockCall], Any]
+OnPart = Callable[[int, int], None]
+"""Called with the index of a block and the number of tokens of each sequence that it runs on, 0 if it is skipped."""
 Handler = Callable[[BlockCall, Run], Any]
 """Makes a block's output from its call; what it is given runs the block, or the next handler."""
 
@@ -92,7 +95,7 @@ class BlockRouting:
         self.is_probing = False
         """Whether what is called now measures the model and does not train it; see :meth:`probe`."""
         self._handlers: list[tuple[Order, Handler, Callable[[], bool]]] = []
-        self._listeners: list[Callable[[int], None]] = []
+        self._listeners: list[OnPart] = []
         # By class of the block: the number of its outputs, or None for a tensor.
         self._num_outputs: dict[type, int | None] = {}
         self._cache_hook: RemovableHandle | None = None
@@ -129,13 +132,23 @@ class BlockRouting:
         if not self._handlers:
             self._restore()
 
-    def listen(self, on_skip: Callable[[int], None]) -> None:
-        """Have something called with the index of each block that is skipped, at each call that it is skipped in."""
-        self._listeners.append(on_skip)
+    def listen(self, on_part: OnPart) -> None:
+        """Have something called for each block that does not run on all its tokens, at each call of it."""
+        self._listeners.append(on_part)
 
-    def unlisten(self, on_skip: Callable[[int], None]) -> None:
+    def unlisten(self, on_part: OnPart) -> None:
         """Undo :meth:`listen`."""
-        self._listeners.remove(on_skip)
+        self._listeners.remove(on_part)
+
+    def report(self, index: int, num_tokens: int) -> None:
+        """Tell the listeners that a block runs on a part of its tokens.
+
+        Args:
+            index: The block.
+            num_tokens: On how many tokens of each sequence it runs; 0 if it is skipped.
+        """
+        for on_part in self._listeners:
+            on_part(index, num_tokens)
 
     @contextmanager
     def probe(self, handler: Handler) -> Iterator[None]:
@@ -163,8 +176,7 @@ class BlockRouting:
             call: The call.
             hidden_states: What to return for its hidden states; default is its input itself.
         """
-        for on_skip in self._listeners:
-            on_skip(call.index)
+        self.report(call.index, 0)
         kind = type(call.module)
         if kind not in self._num_outputs:
             # Annotations lie and versions differ. This happens once, in a run that skips before it has run anything.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from lit_accel.anatomy.axes import Axis, Dim
 
@@ -47,6 +48,41 @@ class Attention:
     place: str = "token"
 
 
+class Windows(Protocol):
+    """How a block that works on windows of an image can be called with some of them."""
+
+    def tokens(self, module: nn.Module, height: int, width: int) -> Tensor:
+        """Return which tokens each window holds.
+
+        Args:
+            module: The block.
+            height: Height of its input, in tokens.
+            width: Width of its input, in tokens.
+
+        Returns:
+            For each window and position within it the index of a token, row by row of the input; ``height * width``
+            where a window is padded. Shape (windows, tokens of a window).
+        """
+
+    def stacked(self, module: nn.Module, tokens: Tensor) -> Tensor:
+        """Return windows as the image that the block is to be called with, one below the other.
+
+        Args:
+            module: The block.
+            tokens: Their tokens, shape (batch, windows * tokens of a window, features).
+        """
+
+    def apart(self, module: nn.Module, height: int, width: int, chosen: Tensor) -> AbstractContextManager[None]:
+        """Let the block treat its input as a stack of windows, for as long as the context lasts.
+
+        Args:
+            module: The block.
+            height: Height of the whole input, in tokens.
+            width: Width of the whole input, in tokens.
+            chosen: Which windows are in the stack, shape (batch, windows in the stack).
+        """
+
+
 @dataclass(frozen=True)
 class Block:
     """One residual block.
@@ -61,6 +97,9 @@ class Block:
         branch_outputs: The parameters, named within the block, that are last in a residual branch: scaling
             them scales what the branch adds.
         place: Where the block's tokens are, one of :attr:`Anatomy.places`.
+        numbering: Those of ``token_dims`` that number the tokens of each sequence, for attention kernels to see where
+            one ends: among some of the tokens they are numbers anew, and not a part of the old ones.
+        windows: Where the block works on disjoint windows of tokens, how to have it work on some of them.
     """
 
     path: str
@@ -70,6 +109,8 @@ class Block:
     token_dims: Mapping[str, tuple[int, ...]]
     branch_outputs: frozenset[str]
     place: str = "token"
+    numbering: frozenset[str] = frozenset()
+    windows: Windows | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +186,9 @@ class Anatomy:
         depth_unit: How many neighbouring blocks of a stage differ in kind and recur together, such as the plain and
             the shifted one of Swin. Depth changes merge or copy whole units: blocks of one kind with each other.
         places: The rows that a call brings to each place of the model.
+        num_tokens: Tokens of a sequence, where the model takes no other number.
+        num_prefix_tokens: Tokens before those of the input: for a class, distillation or registers.
+        pools_tokens: Whether what follows the last block works on any part of the tokens, the prefix included.
         build: Builds a model of the same class at another size: ``build(model, size)``. Its parameters are
             not initialised.
         input_shape: ``(num_sequences, num_tokens)`` of a forward call, from its ``args`` and ``kwargs``.
@@ -160,6 +204,9 @@ class Anatomy:
     build: Callable[[nn.Module, Size], nn.Module] = field(compare=False, repr=False)
     input_shape: Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[int, int]] = field(compare=False, repr=False)
     depth_unit: int = 1
+    num_tokens: int | None = None
+    num_prefix_tokens: int = 0
+    pools_tokens: bool = False
     places: Mapping[str, Rows] = field(default_factory=lambda: SEQUENCE_PLACES, compare=False, repr=False)
 
     @property

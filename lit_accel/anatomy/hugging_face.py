@@ -34,6 +34,7 @@ class HuggingFaceFamily:
         axes: The axis sizes that a config stands for.
         attention: The attention of the block of an index, from the config.
         resize: Writes a size into a (copied) config.
+        numbering: See :class:`~lit_accel.anatomy.base.Block`.
     """
 
     name: str
@@ -51,6 +52,8 @@ class HuggingFaceFamily:
     axes: Callable[[Any], dict[str, int]]
     attention: Callable[[Any, int], Attention]
     resize: Callable[[Any, Size], None]
+    # Blocks get rotary tables ready-made; what else numbers tokens is for kernels that look for packed sequences.
+    numbering: frozenset[str] = frozenset({"position_ids", "cache_position"})
 
     def describe(self, model: nn.Module) -> Anatomy:
         """Return the anatomy of a model of this family.
@@ -72,6 +75,7 @@ class HuggingFaceFamily:
                 attention=self.attention(config, index),
                 token_dims=self.token_dims,
                 branch_outputs=self.branch_outputs,
+                numbering=self.numbering & self.token_dims.keys(),
             )
             for index in range(num_blocks)
         )

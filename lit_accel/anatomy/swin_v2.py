@@ -18,8 +18,10 @@ from torch import nn
 from lit_accel.anatomy.base import SEQUENCE_PLACES, Anatomy, AnatomyError, Attention, Block, Rows, Size
 from lit_accel.anatomy.layouts import Entry, read_layouts, tied_groups
 from lit_accel.anatomy.registry import register_anatomy
+from lit_accel.anatomy.shifted_windows import ShiftedWindows
 from lit_accel.anatomy.timm import copy_resized, patch_shape, set_existing
 
+_WINDOWS = ShiftedWindows()
 _BRANCH_OUTPUTS = frozenset(f"{norm}.{name}" for norm in ("norm1", "norm2") for name in ("weight", "bias"))
 
 
@@ -62,6 +64,7 @@ def describe(model: Any) -> Anatomy:
                 token_dims={"x": (1, 2)},
                 branch_outputs=_BRANCH_OUTPUTS,
                 place=f"stage_{index}",
+                windows=_WINDOWS,
             )
             for number in range(len(stage.blocks))
         ]
@@ -105,6 +108,7 @@ def describe(model: Any) -> Anatomy:
         # A plain and a shifted block make one step of the whole: a stage of plain ones would not mix its windows.
         depth_unit=2,
         places=places,
+        num_tokens=None if model.dynamic_img_size else math.prod(model.patch_embed.grid_size),
     )
 
 

@@ -132,6 +132,9 @@ def describe(model: Any) -> Anatomy:
         build=_build,
         input_shape=partial(_input_shape, (patch_height, patch_width), num_prefix),
         places=places,
+        num_tokens=None if model.dynamic_img_size else model.patch_embed.num_patches + num_prefix,
+        num_prefix_tokens=num_prefix,
+        pools_tokens=bool(model.global_pool),
     )
 
 

@@ -16,6 +16,7 @@ Counts are Python integers: exact, and without an upper limit.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,7 +67,32 @@ def attention_pairs(attention: Attention, num_tokens: int, counted: CountedPairs
     return 2 * backward_pairs - num_tokens
 
 
-def forward_flops(anatomy: Anatomy, num_sequences: int, num_tokens: int, *, attention: CountedPairs = "exact") -> Flops:
+def kept_pairs(attention: Attention, num_tokens: int, num_kept: int, counted: CountedPairs = "exact") -> int:
+    """Count the pairs of a query and a key in one head among some tokens of a sequence.
+
+    Each token attends to itself; of the other pairs a random subset holds k(k-1) / T(T-1). That is a whole number but
+    for sliding windows, whose expectation is rounded. Where tokens attend within tiles, whole tiles are kept.
+
+    Args:
+        attention: The attention, with its mask's form.
+        num_tokens: Tokens of the sequence.
+        num_kept: How many of them are there.
+        counted: See :func:`attention_pairs`.
+    """
+    if attention.tile is not None or num_kept == num_tokens:
+        return attention_pairs(attention, num_kept, counted)
+    others = attention_pairs(attention, num_tokens, counted) - num_tokens
+    return num_kept + round(others * num_kept * (num_kept - 1) / (num_tokens * (num_tokens - 1)))
+
+
+def forward_flops(
+    anatomy: Anatomy,
+    num_sequences: int,
+    num_tokens: int,
+    *,
+    attention: CountedPairs = "exact",
+    kept: Mapping[int, int] | None = None,
+) -> Flops:
     """Count the FLOPs of a forward pass.
 
     Args:
@@ -74,17 +100,21 @@ def forward_flops(anatomy: Anatomy, num_sequences: int, num_tokens: int, *, atte
         num_sequences: Sequences in the batch.
         num_tokens: Tokens of each sequence, padding included: the model computes on it like on any other token.
         attention: See :func:`attention_pairs`.
+        kept: How many tokens of a sequence a block runs on, by its index; blocks that are not named run on all.
 
     Returns:
         The FLOPs of each block and of what is outside of the blocks.
     """
-    return _count(anatomy, num_sequences, num_tokens, attention)[0]
+    return _count(anatomy, num_sequences, num_tokens, attention, kept or {})[0]
 
 
-def _count(anatomy: Anatomy, num_sequences: int, num_tokens: int, counted: CountedPairs) -> tuple[Flops, Flops]:
+def _count(
+    anatomy: Anatomy, num_sequences: int, num_tokens: int, counted: CountedPairs, kept: Mapping[int, int]
+) -> tuple[Flops, Flops]:
     """Return the forward FLOPs, and those among them of matrices whose input needs no gradient."""
     axes = anatomy.size.axes
     rows = {place: count(num_sequences, num_tokens) for place, count in anatomy.places.items()}
+    token_places = [{block.place, block.attention.place} for block in anatomy.blocks]
     blocks, data_blocks = [0] * len(anatomy.blocks), [0] * len(anatomy.blocks)
     outside, data_outside = 0, 0
     for name in anatomy.tied_heads:
@@ -92,7 +122,9 @@ def _count(anatomy: Anatomy, num_sequences: int, num_tokens: int, counted: Count
     for layout in anatomy.parameters.values():
         if not layout.is_matrix:
             continue
-        flops = 2 * rows[layout.place] * layout.numel(axes)
+        is_in_part = layout.block in kept and layout.place in token_places[layout.block]
+        num_rows = num_sequences * kept[layout.block] if is_in_part else rows[layout.place]  # type: ignore[index]
+        flops = 2 * num_rows * layout.numel(axes)
         of_data = flops if layout.reads_data else 0
         if layout.block is None:
             outside += flops
@@ -103,8 +135,9 @@ def _count(anatomy: Anatomy, num_sequences: int, num_tokens: int, counted: Count
     for index, block in enumerate(anatomy.blocks):
         width = math.prod(axes[axis] for axis in block.attention.heads) * axes[block.attention.head_dim]
         num_attending = anatomy.places[block.attention.place](1, num_tokens)
+        pairs = kept_pairs(block.attention, num_attending, kept.get(index, num_attending), counted)
         # Scores and values: two products of the same size.
-        blocks[index] += 2 * 2 * num_sequences * width * attention_pairs(block.attention, num_attending, counted)
+        blocks[index] += 2 * 2 * num_sequences * width * pairs
     return Flops(tuple(blocks), outside), Flops(tuple(data_blocks), data_outside)
 
 
@@ -115,6 +148,7 @@ def training_flops(
     *,
     attention: CountedPairs = "exact",
     activation_checkpointing: bool = False,
+    kept: Mapping[int, int] | None = None,
 ) -> Flops:
     """Count the FLOPs of a forward and a backward pass, every parameter being trained.
 
@@ -124,11 +158,12 @@ def training_flops(
         num_tokens: Tokens of each sequence, padding included.
         attention: See :func:`attention_pairs`.
         activation_checkpointing: Whether the blocks compute their forward pass once more in the backward pass.
+        kept: See :func:`forward_flops`.
 
     Returns:
         The FLOPs of each block and of what is outside of the blocks.
     """
-    forward, of_data = _count(anatomy, num_sequences, num_tokens, attention)
+    forward, of_data = _count(anatomy, num_sequences, num_tokens, attention, kept or {})
     block_passes = 4 if activation_checkpointing else 3
     return Flops(
         tuple(block_passes * all_ - data for all_, data in zip(forward.blocks, of_data.blocks, strict=True)),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,19 @@ _STATE_VERSION = 1
 _FLOPS_PER_BATCH = "flops_per_batch"
 
 
+def _nothing_present(num_kept: int) -> Flops:
+    raise RuntimeError("No forward call is being counted.")
+
+
 class ComputeLedger(Callback):
     """Counts FLOPs, dense-equivalent FLOPs, tokens and seconds of a fit, step by step, and writes them down.
 
     Works on any LightningModule that holds one transformer of a known family, and does not change its training in
     a single bit. Every forward call that the transformer makes within a training batch is counted
     in closed form (see :mod:`lit_accel.compute.flops`) from the shape of its input, with its backward pass;
-    without gradients, the forward pass alone. A block that a method skips is not charged; what a method spends on
-    measuring the model is. Validation is not counted. If the model is resized in mid-training,
-    a new *phase* begins.
+    without gradients, the forward pass alone. A block that a method skips is not charged, one that runs on some of its
+    tokens is charged for those, and what a method spends on measuring the model is charged, too. Validation is not
+    counted. If the model is resized in mid-training, a new *phase* begins.
 
     - *Dense-equivalent* FLOPs are what the full-size model would have paid on the same batches. The full size
       is the one that the module has at ``setup``, before any checkpoint is loaded.
@@ -79,8 +84,10 @@ class ComputeLedger(Callback):
         self._table: TableWriter | None = None
         self._table_path: Path | None = None
         self._costs: dict[tuple[Any, ...], tuple[Flops, int]] = {}
+        self._costs_in_part: dict[tuple[Any, ...], Flops] = {}
         self._present: Flops | None = None
-        self._skipped: set[int] = set()
+        self._present_in_part: Callable[[int], Flops] = _nothing_present
+        self._in_part: set[int] = set()
         self._step = 0
         self._logged: tuple[int, int] = (0, 0)
         self._in_batch = False
@@ -108,9 +115,9 @@ class ComputeLedger(Callback):
         self._dense = anatomy_of(find_transformer(pl_module)[1]).at(full_size(pl_module))
         self._step = trainer.global_step
         self._interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        self._costs = {}
+        self._costs, self._costs_in_part = {}, {}
         self._was_called = False
-        self._observer = TransformerObserver(pl_module, self._on_forward, self._on_skip)
+        self._observer = TransformerObserver(pl_module, self._on_forward, self._on_part)
         self._sets_flops_per_batch = not hasattr(pl_module, _FLOPS_PER_BATCH)
         self._set_batch_flops(0)
         self._phases.enter(self._observer.anatomy)
@@ -233,17 +240,19 @@ class ComputeLedger(Callback):
             self._end_phase()
         self._phases.enter(anatomy)
         self._present, dense_flops = self._cost(anatomy, transformer, num_sequences, num_tokens)
-        self._skipped.clear()
+        self._present_in_part = partial(self._cost_in_part, anatomy, transformer, num_sequences, num_tokens)
+        self._in_part.clear()
         if self._observer.is_probing:
             # Overhead: no tokens were trained on, and the full model without the method would not have paid it.
             num_sequences = dense_flops = 0
         self._count(num_sequences * num_tokens, self._present.total, dense_flops)
 
-    def _on_skip(self, index: int) -> None:
-        # Activation checkpointing calls a block again, which is skipped again.
-        if self._present is not None and index not in self._skipped:
-            self._skipped.add(index)
-            self._count(0, -self._present.blocks[index], 0)
+    def _on_part(self, index: int, num_kept: int) -> None:
+        # Activation checkpointing calls a block again, on the same part.
+        if self._present is not None and index not in self._in_part:
+            self._in_part.add(index)
+            in_part = self._present_in_part(num_kept).blocks[index] if num_kept else 0
+            self._count(0, in_part - self._present.blocks[index], 0)
 
     def _count(self, tokens: int, flops: int, dense_flops: int) -> None:
         self._phases.count(tokens, flops, dense_flops)
@@ -271,6 +280,21 @@ class ComputeLedger(Callback):
             )
             self._costs[key] = flops, dense_flops.total
         return self._costs[key]
+
+    def _cost_in_part(
+        self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int, num_kept: int
+    ) -> Flops:
+        """Return what the model costs if each block runs on so many tokens of a sequence."""
+        backward, recompute = is_grad_enabled(), transformer.training and uses_activation_checkpointing(transformer)
+        key = (len(self._phases.list), num_sequences, num_tokens, backward, recompute, num_kept)
+        if key not in self._costs_in_part:
+            kept = dict.fromkeys(range(len(anatomy.blocks)), num_kept)
+            self._costs_in_part[key] = (
+                training_flops(anatomy, num_sequences, num_tokens, activation_checkpointing=recompute, kept=kept)
+                if backward
+                else forward_flops(anatomy, num_sequences, num_tokens, kept=kept)
+            )
+        return self._costs_in_part[key]
 
     def _set_batch_flops(self, flops: int) -> None:
         self._batch_flops = flops

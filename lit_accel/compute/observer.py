@@ -11,24 +11,25 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_accel.anatomy import Anatomy, TransformerFollower, anatomy_of
-from lit_accel.routing import BlockRouting, routing_of
+from lit_accel.routing import BlockRouting, OnPart, routing_of
 
 OnForward = Callable[[Anatomy, nn.Module, int, int], None]
 """Called with the anatomy, the transformer, the number of sequences and the tokens of each."""
 
 
 class TransformerObserver:
-    """Reports every forward call of the one transformer inside a module, before it runs, and every block it skips.
+    """Reports every forward call of the one transformer inside a module, before it runs, and what its blocks leave out.
 
     Args:
         module: The LightningModule.
         on_forward: What to call.
-        on_skip: Called with the index of a block that was not run, after the forward call it is a part of has begun.
+        on_part: Called for each block that does not run on all its tokens, after the forward call that it is a part of
+            has begun; see :data:`~lit_accel.routing.OnPart`. Default: nothing is called.
     """
 
-    def __init__(self, module: L.LightningModule, on_forward: OnForward, on_skip: Callable[[int], None]) -> None:
+    def __init__(self, module: L.LightningModule, on_forward: OnForward, on_part: OnPart | None = None) -> None:
         self.module = module
-        self._on_forward, self._on_skip = on_forward, on_skip
+        self._on_forward, self._on_part = on_forward, on_part
         self._routing: BlockRouting | None = None
         self._hook: RemovableHandle | None = None
         self._follower = TransformerFollower(module, self._follow)
@@ -50,15 +51,16 @@ class TransformerObserver:
     def _leave(self) -> None:
         if self._hook is not None:
             self._hook.remove()
-        if self._routing is not None:
-            self._routing.unlisten(self._on_skip)
+        if self._routing is not None and self._on_part is not None:
+            self._routing.unlisten(self._on_part)
 
     def _follow(self, transformer: nn.Module) -> None:
         self._leave()
         self.anatomy = anatomy_of(transformer)
         self._hook = transformer.register_forward_pre_hook(_Hook(self._report), with_kwargs=True)
         self._routing = routing_of(transformer)
-        self._routing.listen(self._on_skip)
+        if self._on_part is not None:
+            self._routing.listen(self._on_part)
 
     def _report(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         num_sequences, num_tokens = self.anatomy.input_shape(args, kwargs)

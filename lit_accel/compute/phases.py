@@ -71,7 +71,7 @@ class Phases:
     def collect(self, strategy: Strategy, world_size: int) -> None:
         """Sum over the ranks what they have counted since the last call. A collective: every rank must call it."""
         counts = [amount for phase in self.list for amount in phase.uncollected]
-        summed = iter(_sum_over_ranks(counts, strategy, world_size))
+        summed = iter(sum_over_ranks(counts, strategy, world_size))
         for phase in self.list:
             phase.tokens += next(summed)
             phase.flops += next(summed)
@@ -108,7 +108,14 @@ def saved_share(flops: float, dense_flops: float) -> float:
     return 1 - flops / dense_flops if dense_flops else 0.0
 
 
-def _sum_over_ranks(counts: list[int], strategy: Strategy, world_size: int) -> list[int]:
+def sum_over_ranks(counts: list[int], strategy: Strategy, world_size: int) -> list[int]:
+    """Add up integers of all ranks, exactly. A collective: every rank must call it.
+
+    Args:
+        counts: Non-negative integers, or differences that are so in sum.
+        strategy: The Trainer's strategy.
+        world_size: Number of ranks.
+    """
     if world_size == 1:
         return counts
     # FLOPs of a long run pass 2^63, and a float64 would round them: summed as two 64-bit integers each.

@@ -1,4 +1,4 @@
-"""What methods need of the strategy that runs them, checked before training."""
+"""What methods need of the strategy and of the model that they meet, checked before training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lit_accel.anatomy import Anatomy, is_compiled
 
 
 def check_unused_parameters(trainer: L.Trainer, method: str) -> None:
@@ -66,3 +69,45 @@ def require_equal_on_ranks(trainer: L.Trainer, digest: int, what: str) -> None:
             "Training was "
             "stopped before they wait for each other for ever. All ranks must be given the same configuration and seed."
         )
+
+
+def check_compilation(pl_module: L.LightningModule, transformer: nn.Module, anatomy: Anatomy, method: str) -> None:
+    """Check that no more is compiled than blocks.
+
+    Args:
+        pl_module: The LightningModule.
+        transformer: The transformer.
+        anatomy: Its anatomy.
+        method: Who asks, for messages.
+
+    Raises:
+        MisconfigurationException: If a whole transformer is.
+    """
+    blocks = [transformer.get_submodule(block.path) for block in anatomy.blocks]
+    around = [module for module in transformer.modules() if module not in blocks and is_compiled(module)]
+    # Where Lightning keeps what torch.compile(module) has made, and what it calls from then on.
+    is_whole = getattr(pl_module, "_compiler_ctx", None) is not None
+    if is_whole or any(block is part for module in around for part in module.modules() for block in blocks):
+        raise MisconfigurationException(
+            f"{method}: the whole transformer is compiled, which would make graphs for each way to use its blocks. "
+            "Compile its blocks with lit_accel.anatomy.compile_blocks(model), or compile_blocks: true of the tasks."
+        )
+
+
+def require_training_mode(transformer: nn.Module, anatomy: Anatomy, method: str) -> None:
+    """Check that the blocks are in training mode, outside of which nothing is dropped.
+
+    Args:
+        transformer: The transformer.
+        anatomy: Its anatomy.
+        method: Who asks, for messages.
+
+    Raises:
+        MisconfigurationException: If one is not.
+    """
+    for block in anatomy.blocks:
+        if not transformer.get_submodule(block.path).training:
+            raise MisconfigurationException(
+                f"{block.path} is in evaluation mode, in which {method} drops nothing, and Lightning leaves it so. "
+                "Models of from_pretrained come in evaluation mode: call model.train() after loading."
+            )

@@ -6,7 +6,7 @@ from lit_accel.tasks.image_classification import ImageClassification
 from lit_accel.tasks.masked_lm import MaskedLM
 from lit_accel.tasks.optimization import weight_decay_groups
 from lit_accel.tasks.save_pretrained import SavePretrained
-from lit_accel.tasks.warmup_decay import WarmupDecay
+from lit_accel.warmup_decay import WarmupDecay
 
 __all__ = [
     "CausalLM",

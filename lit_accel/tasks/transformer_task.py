@@ -7,7 +7,7 @@ from torch import nn
 
 from lit_accel.resizing import ResizableMixin
 from lit_accel.tasks.optimization import weight_decay_groups
-from lit_accel.tasks.warmup_decay import WarmupDecay
+from lit_accel.warmup_decay import WarmupDecay
 
 
 class TransformerTask(ResizableMixin, LightningModule):

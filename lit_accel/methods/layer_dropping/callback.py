@@ -20,15 +20,19 @@ from lit_accel.compute.observer import TransformerObserver
 from lit_accel.methods.layer_dropping.books import Tally
 from lit_accel.methods.layer_dropping.dropper import BlockDropper, Scale
 from lit_accel.methods.layer_dropping.refusals import (
-    check_compilation,
     check_levels,
+    check_sublayers,
     check_trainer,
     droppable_blocks,
-    require_training_mode,
     resolve_scale,
 )
 from lit_accel.methods.layer_dropping.sampling import Sampler, sample_blocks
-from lit_accel.methods.requirements import check_unused_parameters, require_equal_on_ranks
+from lit_accel.methods.requirements import (
+    check_compilation,
+    check_unused_parameters,
+    require_equal_on_ranks,
+    require_training_mode,
+)
 from lit_accel.resizing import ensure_built, full_size
 from lit_accel.routing import routing_of
 
@@ -131,7 +135,8 @@ class LayerDropping(L.Callback, ABC):
         check_trainer(trainer, self, LayerDropping)
         if self.drops:
             self._scale = resolve_scale(anatomy, self.scale, name)
-            check_compilation(pl_module, transformer, anatomy, self._scale, name)
+            check_compilation(pl_module, transformer, anatomy, name)
+            check_sublayers(transformer, anatomy, self._scale, name)
             check_unused_parameters(trainer, name)
             check_levels(trainer, anatomy.at(full_size(pl_module)), self.pinned, name)
         self.num_steps = None
@@ -174,7 +179,7 @@ class LayerDropping(L.Callback, ABC):
         self._num_loaded_blocks = 0
         require_training_mode(transformer, anatomy, type(self).__name__)
         self._follower = TransformerFollower(pl_module, self._follow)
-        self._observer = TransformerObserver(pl_module, self._on_forward, lambda index: None)
+        self._observer = TransformerObserver(pl_module, self._on_forward)
 
     def _follow(self, transformer: nn.Module) -> None:
         was_active = self._dropper is not None and self._dropper.is_active

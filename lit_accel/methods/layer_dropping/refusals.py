@@ -109,31 +109,19 @@ def resolve_scale(anatomy: Anatomy, scale: Scale | None, method: str) -> Scale:
     return "none"
 
 
-def check_compilation(
-    pl_module: L.LightningModule, transformer: nn.Module, anatomy: Anatomy, scale: Scale, method: str
-) -> None:
-    """Check that what is compiled can be skipped.
+def check_sublayers(transformer: nn.Module, anatomy: Anatomy, scale: Scale, method: str) -> None:
+    """Check that what is scaled is not compiled.
 
     Args:
-        pl_module: The LightningModule.
         transformer: The transformer.
         anatomy: Its anatomy.
         scale: What is scaled.
         method: Who asks, for messages.
 
     Raises:
-        MisconfigurationException: If it cannot.
+        MisconfigurationException: If it is.
     """
     blocks = [transformer.get_submodule(block.path) for block in anatomy.blocks]
-    around = [module for module in transformer.modules() if module not in blocks and is_compiled(module)]
-    # Where Lightning keeps what torch.compile(module) has made, and what it calls from then on.
-    is_whole = getattr(pl_module, "_compiler_ctx", None) is not None
-    if is_whole or any(block is part for module in around for part in module.modules() for block in blocks):
-        raise MisconfigurationException(
-            f"{method}: the whole transformer is compiled, which would make a graph of every combination of blocks. "
-            "Compile "
-            "its blocks with lit_accel.anatomy.compile_blocks(model), or compile_blocks: true of the tasks."
-        )
     if scale == "sublayer" and any(is_compiled(module) for block in blocks for module in block.modules()):
         raise MisconfigurationException(
             f'{method}: scale="sublayer" works inside of the blocks, and these are compiled. Use scale="block", which '
@@ -158,23 +146,3 @@ def check_trainer(trainer: L.Trainer, callback: L.Callback, kind: type[L.Callbac
             f"{type(callback).__name__} and {type(others[0]).__name__} would both drop layers of one model. Use one "
             "of them."
         )
-
-
-def require_training_mode(transformer: nn.Module, anatomy: Anatomy, method: str) -> None:
-    """Check that the blocks are in training mode, outside of which nothing is dropped.
-
-    Args:
-        transformer: The transformer.
-        anatomy: Its anatomy.
-        method: Who asks, for messages.
-
-    Raises:
-        MisconfigurationException: If one is not.
-    """
-    for block in anatomy.blocks:
-        if not transformer.get_submodule(block.path).training:
-            raise MisconfigurationException(
-                f"{block.path} is in evaluation mode, in which {method} drops nothing, and Lightning leaves it so. "
-                "Models of "
-                "from_pretrained come in evaluation mode: call model.train() after loading."
-            )

@@ -1,0 +1,164 @@
+"""What a block is called with when it runs on some of its tokens: every argument restricted to the same tokens.
+
+Shapes: b batch, t tokens, k kept tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_accel.anatomy import Block
+from lit_accel.routing import BlockCall
+
+
+class UnroutableArgumentError(ValueError):
+    """An argument of a block that cannot be restricted to some of the tokens."""
+
+
+def restrict(call: BlockCall, block: Block, hidden_states: Tensor, kept_bk: Tensor, num_tokens: int) -> BlockCall:
+    """Return the call of a block with some of its tokens only.
+
+    Args:
+        call: The call with all of them.
+        block: What is known of the block.
+        hidden_states: The kept tokens.
+        kept_bk: Their indices, in ascending order.
+        num_tokens: t.
+
+    Returns:
+        The call with each argument restricted along the token axes that the anatomy names. Masks and rotary tables that
+        are shared by the batch become one a sequence; what is ``None`` stays so, and causal attention without a mask
+        keeps its fused kernel. Numbers of tokens are given anew, from 0 within each packed sequence.
+
+    Raises:
+        UnroutableArgumentError: If an argument that is not known has as many entries as there are tokens, or a known
+            one has another form than expected.
+    """
+    names = _parameter_names(type(call.module))
+    routed: dict[str, Any] = {}
+    for position, value in enumerate(call.args):
+        name = names[position] if position < len(names) else f"argument {position}"
+        routed[name] = value
+    given = {**routed, **call.kwargs}
+    _require_windowed_mask(given, block, num_tokens)
+
+    def restricted(name: str, value: Any) -> Any:
+        if name == call.input_name:
+            return hidden_states
+        if name in block.numbering:
+            return None if value is None else _numbers(value, kept_bk)
+        if name in block.token_dims:
+            return _restrict(name, value, block.token_dims[name], kept_bk, num_tokens)
+        for tensor in _tensors(value):
+            if num_tokens in tensor.shape:
+                raise UnroutableArgumentError(
+                    f"{type(call.module).__name__} was called with {name!r} of shape {tuple(tensor.shape)}, which has "
+                    f"as many entries as there are tokens ({num_tokens}), and nothing is known about it. Known are "
+                    f"{', '.join(block.token_dims)}. Leave it out, or name it in token_dims of the anatomy's blocks "
+                    "(lit_accel.anatomy.register_anatomy)."
+                )
+        return value
+
+    return replace(
+        call,
+        args=tuple(restricted(name, value) for name, value in routed.items()),
+        kwargs={name: restricted(name, value) for name, value in call.kwargs.items()},
+    )
+
+
+@cache
+def _parameter_names(kind: type) -> tuple[str, ...]:
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(parameter.name for parameter in parameters if parameter.kind in positional)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+def _restrict(name: str, value: Any, dims: tuple[int, ...], kept_bk: Tensor, num_tokens: int) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)):
+        return type(value)(_restrict(name, entry, dims, kept_bk, num_tokens) for entry in value)
+    if not isinstance(value, Tensor):
+        raise UnroutableArgumentError(
+            f"{name!r} is a {type(value).__name__}, of which no part can be taken. Use an attention that is given a "
+            'tensor or nothing, such as attn_implementation="sdpa".'
+        )
+    shape = tuple(value.shape)
+    if value.ndim == 2 and len(dims) == 2:
+        value, dims = _with_batch(name, value, len(kept_bk), num_tokens)
+    for dim in dims:
+        if value.shape[dim] not in (1, num_tokens):
+            raise UnroutableArgumentError(
+                f"{name!r} has the shape {shape}, whose dimension {dim} has neither one entry nor one for each of the "
+                f"{num_tokens} tokens."
+            )
+        if value.shape[dim] == num_tokens:
+            value = _select(name, value, dim % value.ndim, kept_bk)
+    return value
+
+
+def _with_batch(name: str, mask: Tensor, num_sequences: int, num_tokens: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Tell a mask of tokens (b, t) from a mask of pairs (t, t), which gets dimensions for batch and heads."""
+    if mask.shape[0] != num_tokens:
+        return mask, (1,)
+    if num_sequences == num_tokens:
+        raise UnroutableArgumentError(
+            f"{name!r} has the shape {tuple(mask.shape)}, and there are as many sequences as tokens: whether it is a "
+            "mask of tokens or of pairs cannot be seen. Give it four dimensions."
+        )
+    return mask[None, None], (-2, -1)
+
+
+def _select(name: str, value: Tensor, dim: int, kept_bk: Tensor) -> Tensor:
+    if value.shape[0] not in (1, len(kept_bk)):
+        raise UnroutableArgumentError(
+            f"{name!r} has {value.shape[0]} entries in its first dimension, and there are {len(kept_bk)} sequences."
+        )
+    batch = torch.arange(len(kept_bk), device=kept_bk.device).unsqueeze(1)
+    of_each = value.expand(len(kept_bk), *value.shape[1:]).movedim(dim, 1)
+    return of_each[batch, kept_bk].movedim(1, dim)
+
+
+def _numbers(numbers: Tensor, kept_bk: Tensor) -> Tensor:
+    """Number the kept tokens of each sequence; a new one begins where the old numbers do not go up by one."""
+    num_kept = kept_bk.shape[1]
+    if numbers.ndim == 1:
+        return torch.arange(num_kept, device=numbers.device, dtype=numbers.dtype)
+    jumps = numbers.diff(prepend=numbers[:, :1] - 1) != 1
+    sequence = jumps.cumsum(1).expand(len(kept_bk), -1).gather(1, kept_bk)
+    position = torch.arange(num_kept, device=kept_bk.device).expand_as(kept_bk)
+    is_first = sequence.diff(prepend=sequence[:, :1] - 1) != 0
+    return (position - torch.where(is_first, position, 0).cummax(1).values).to(numbers.dtype)
+
+
+def _require_windowed_mask(given: dict[str, Any], block: Block, num_tokens: int) -> None:
+    window = block.attention.window
+    if window is None or window >= num_tokens:
+        return
+    if not any(
+        value.ndim > 2
+        for name in block.token_dims
+        if isinstance(value := given.get(name), Tensor) and name != next(iter(block.token_dims))
+    ):
+        raise UnroutableArgumentError(
+            f"Attention sees {window} of {num_tokens} tokens back, and no mask says so: its kernel counts by itself, "
+            'and among the kept tokens it would count wrongly. Use attn_implementation="sdpa" or "eager", which are '
+            "given a mask."
+        )

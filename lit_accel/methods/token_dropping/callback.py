@@ -1,0 +1,454 @@
+"""Random layerwise token dropping as a Lightning callback."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import Optimizer
+
+from lit_accel.anatomy import Anatomy, TransformerFollower, anatomy_of, find_transformer
+from lit_accel.compute.observer import TransformerObserver
+from lit_accel.compute.phases import sum_over_ranks
+from lit_accel.methods.requirements import check_compilation, require_equal_on_ranks, require_training_mode
+from lit_accel.methods.token_dropping.books import TokenCount
+from lit_accel.methods.token_dropping.deepspeed import translate
+from lit_accel.methods.token_dropping.dropper import Scope, TokenDropper
+from lit_accel.methods.token_dropping.learning_rate import LayerTokenLR
+from lit_accel.methods.token_dropping.plan import TokenPlan
+from lit_accel.methods.token_dropping.refusals import (
+    check_graphs,
+    check_levels,
+    check_start,
+    check_trainer,
+    check_windows,
+    dropping_blocks,
+)
+from lit_accel.methods.token_dropping.schedule import Compat, TokenSchedule
+from lit_accel.resizing import ensure_built, full_size
+from lit_accel.routing import routing_of
+from lit_accel.schedules import num_steps_of
+
+_STATE_VERSION = 1
+_LEAST_SAVING = 0.03
+
+
+class RandomLTD(L.Callback):
+    """Runs the middle blocks on a random part of the tokens, ever more of them as training goes on (random-LTD).
+
+    Random layerwise token dropping (Yao et al., arXiv 2211.11586): each block but the first and the last runs on tokens
+    of its own, drawn anew for each sequence; the others pass it unchanged. The number kept grows linearly to the whole
+    sequence. Losses see every token; evaluation and generation drop nothing. SwinV2 keeps whole windows.
+
+    Deviations from the paper's code: kept tokens never round below ``start_tokens`` and reach the whole sequence when
+    they should (``compat="deepspeed"`` is its formula); masks, rotary tables and positions are restricted to the same
+    tokens; draws depend on the seed, the epoch, the batch and the rank alone, and touch no global generator.
+
+    Logged every ``Trainer.log_every_n_steps`` steps: ``token_dropping/kept_tokens`` (of a sequence, in a block that
+    drops, since the last time), ``token_dropping/layer_tokens`` (that blocks ran on, summed over the blocks; so far)
+    and ``token_dropping/effective_tokens`` (of a dense run with as many layer tokens; so far).
+
+    Args:
+        start_tokens: Tokens kept at first: a number (int) or a share of the sequence in (0, 1] (float). 1.0 drops
+            nothing. SwinV2 needs a share.
+        growth: When nothing is dropped any more: after so many optimizer steps (int) or in a share of the run (float).
+        quantum: The number of kept tokens is a multiple of it while it grows; on windows it has no meaning.
+        pinned: Indices of blocks that always run on every token; negative ones count from the last. Default: the first
+            and the last.
+        scope: ``"layer"``: a draw for each block, as published; ``"route"``: one for all blocks but the pinned ones;
+            ``"input"``: patches of an image classifier, before the first block, which never come back. See
+            :class:`~lit_accel.methods.token_dropping.TokenDropper`.
+        keep_prefix: The first tokens of a sequence, which are always kept, such as those for class and distillation.
+            Default: none, as published; with ``scope="input"`` those that the model puts in front.
+        max_lengths: At most so many distinct lengths over the run, by a coarser quantum: where each length is compiled
+            by itself. Default: no limit.
+        num_tokens: Tokens of a sequence, for what is planned before training: the predicted saving and
+            :class:`~lit_accel.LayerTokenLR`. Default: those of the model's images, or the data module's ``block_size``.
+        compat: ``"deepspeed"`` for the formula of DeepSpeed's scheduler.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: If an argument is none of the allowed values.
+
+    Example::
+
+        Trainer(max_steps=10_000, callbacks=[RandomLTD(start_tokens=0.25, growth=0.7)])
+    """
+
+    def __init__(
+        self,
+        start_tokens: int | float = 0.25,
+        growth: int | float = 0.7,
+        quantum: int = 8,
+        pinned: Sequence[int] | None = None,
+        scope: Scope = "layer",
+        keep_prefix: int | None = None,
+        max_lengths: int | None = None,
+        num_tokens: int | None = None,
+        compat: Compat | None = None,
+        seed: int = 0,
+    ) -> None:
+        if scope not in get_args(Scope):
+            raise ValueError(f"scope is {scope!r}; allowed are {', '.join(map(repr, get_args(Scope)))}.")
+        if scope == "input" and pinned:
+            raise ValueError('pinned has no meaning with scope="input", which drops tokens before the first block.')
+        num_steps_of(growth, 1)  # raises where it is no duration
+        if growth == 0:
+            raise ValueError(
+                "growth is 0: nothing would ever be dropped. Leave the callback out, or set start_tokens=1.0."
+            )
+        for argument, value in (("keep_prefix", keep_prefix), ("num_tokens", num_tokens)):
+            if value is not None and value < 0:
+                raise ValueError(f"{argument} is {value}; it is a number of tokens.")
+        self.start_tokens = start_tokens
+        self.growth = growth
+        self.quantum = quantum
+        self.pinned = list(pinned) if pinned is not None else [] if scope == "input" else [0, -1]
+        self.scope: Scope = scope
+        self.keep_prefix = keep_prefix
+        self.max_lengths = max_lengths
+        self.num_tokens = num_tokens
+        self.compat: Compat | None = compat
+        self.seed = seed
+        self._schedule_of(1)  # raises where a value is not allowed
+        self.schedule: TokenSchedule | None = None
+        """How many tokens are kept; known once the length of the run is."""
+        self.blocks: tuple[int, ...] = ()
+        """Indices of the blocks that drop tokens."""
+        self.anatomy: Anatomy | None = None
+        self.num_steps: int | None = None
+        self._clear()
+
+    @classmethod
+    def from_deepspeed(cls, config: Mapping[str, Any] | str | Path, **options: Any) -> RandomLTD:
+        """Translate the ``random_ltd`` section of a DeepSpeed configuration.
+
+        Args:
+            config: The configuration, that section of it, or a JSON file with one of them.
+            **options: Further arguments of this class, which override what is translated.
+
+        Raises:
+            ValueError: If there is no such section, it is not enabled, or a value is missing or cannot be translated.
+        """
+        return cls(**{**translate(config), **options})
+
+    def _clear(self) -> None:
+        self.total = TokenCount()
+        """What was counted so far; of several ranks, as of the last time that it was logged or saved."""
+        self._logged = TokenCount()
+        self._uncollected = TokenCount()
+        self._dropper: TokenDropper | None = None
+        self._follower: TransformerFollower | None = None
+        self._observer: TransformerObserver | None = None
+        self._loaded_rules: dict[str, Any] = {}
+        self._position: tuple[int, tuple[int, ...]] | None = None
+        self._in_part: set[int] = set()
+        self._call: tuple[int, int] | None = None
+        self._step = 0
+
+    def _schedule_of(self, growth_steps: int) -> TokenSchedule:
+        return TokenSchedule(self.start_tokens, growth_steps, self.quantum, self.max_lengths, self.compat)
+
+    @property
+    def drops(self) -> bool:
+        """Whether any token is ever dropped."""
+        return self.start_tokens != 1.0 or isinstance(self.start_tokens, int)
+
+    # Before training
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse whatever could not work, before anything is trained."""
+        if stage != "fit":
+            return
+        ensure_built(trainer, pl_module)
+        transformer = find_transformer(pl_module)[1]
+        anatomy = anatomy_of(transformer)
+        if trainer.global_step == 0:
+            self._clear()
+        self._num_prefix = 0
+        self._progress: list[float] | None = None
+        self._has_predicted = self._has_warned = False
+        self._take(anatomy)
+        check_trainer(trainer, self, self.scope)
+        if self.drops:
+            self._num_prefix = self.keep_prefix or 0
+            if self.keep_prefix is None and self.scope == "input":
+                self._num_prefix = anatomy.num_prefix_tokens
+            check_windows(anatomy, self._schedule_of(1), self._num_prefix)
+            check_start(anatomy, self.start_tokens, self._known_tokens(trainer))
+            check_compilation(pl_module, transformer, anatomy, type(self).__name__)
+            check_levels(trainer, anatomy.at(full_size(pl_module)), self.pinned, self.scope)
+        self.num_steps, self.schedule = None, None
+        # A module that makes its data in its own setup has none yet.
+        if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
+            self._plan(trainer, pl_module)
+
+    def _take(self, anatomy: Anatomy) -> None:
+        self.anatomy = anatomy
+        self.blocks = dropping_blocks(anatomy, self.pinned, self.scope) if self.drops else ()
+
+    def _known_tokens(self, trainer: L.Trainer) -> int | None:
+        """Return the tokens of a sequence, where they are known before the first one is seen."""
+        assert self.anatomy is not None
+        data = getattr(trainer, "datamodule", None)
+        return self.num_tokens or self.anatomy.num_tokens or getattr(data, "block_size", None)
+
+    def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        num_steps = trainer.estimated_stepping_batches
+        if num_steps not in (float("inf"), -1):
+            self.num_steps = int(num_steps)
+        elif isinstance(self.growth, float):
+            raise MisconfigurationException(
+                f"{type(self).__name__} must know how long the run is. Give the Trainer max_steps, or max_epochs with "
+                "a data loader of known length, or give growth as a number of optimizer steps."
+            )
+        self.schedule = self._schedule_of(num_steps_of(self.growth, self.num_steps or 0) if self.drops else 0)
+        if not self.drops:
+            return
+        is_rehearsal = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if self.num_steps is not None and self.schedule.growth_steps > self.num_steps and not is_rehearsal:
+            rank_zero_warn(
+                f"growth takes {self.schedule.growth_steps} optimizer steps, and the run has {self.num_steps}: it ends "
+                "before its blocks have seen whole sequences, which is how the model will be used. Make growth "
+                "shorter, or a share of the run such as 0.7."
+            )
+        num_tokens = self._known_tokens(trainer)
+        if num_tokens is not None:
+            self._predict(find_transformer(pl_module)[1], num_tokens)
+
+    def _predict(self, transformer: nn.Module, num_tokens: int) -> None:
+        self._has_predicted = True
+        if self.num_steps is None:
+            return
+        plan = self._plan_for(num_tokens)
+        if plan.blocks and self.anatomy is not None and all(b.windows is None for b in self.anatomy.blocks):
+            check_graphs(transformer, self.anatomy, plan.schedule.lengths(num_tokens, self.num_steps))
+        saved = plan.saved_flops()
+        if saved < _LEAST_SAVING:
+            rank_zero_warn(
+                f"RandomLTD would save {saved:.1%} of the FLOPs of this run, which hardly pays. Let it start with "
+                "fewer tokens, grow for longer, use a smaller quantum or pin fewer blocks; or train without it."
+            )
+        else:
+            rank_zero_info(
+                f"RandomLTD: {saved:.1%} of the FLOPs of a dense run will be saved, by {len(plan.blocks)} blocks that "
+                f"drop some of {num_tokens} tokens until step {plan.schedule.growth_steps}."
+            )
+
+    def _plan_for(self, num_tokens: int) -> TokenPlan:
+        assert self.anatomy is not None
+        assert self.schedule is not None
+        assert self.num_steps is not None
+        return TokenPlan(self.anatomy, self.blocks, self.schedule, self.num_steps, num_tokens, self._num_prefix)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Plan for data that the module has made by now, and tell the learning-rate schedule."""
+        if self.schedule is None:
+            self._plan(trainer, pl_module)
+        self._tell_schedulers(trainer)
+
+    def _tell_schedulers(self, trainer: L.Trainer) -> None:
+        for config in trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if not isinstance(scheduler, LayerTokenLR) or scheduler.progress is not None:
+                continue
+            if self._progress is None:
+                self._progress = self._make_progress(trainer)
+            scheduler.follow(self._progress)
+
+    def _make_progress(self, trainer: L.Trainer) -> list[float]:
+        if self.num_steps is None:
+            raise MisconfigurationException(
+                "LayerTokenLR must know how long the run is. Give the Trainer max_steps, or max_epochs with a data "
+                "loader of known length."
+            )
+        if not self.drops:
+            return [float(step) for step in range(self.num_steps + 1)]
+        num_tokens = self._known_tokens(trainer)
+        if num_tokens is None:
+            raise MisconfigurationException(
+                "LayerTokenLR counts the tokens of a whole run in advance, and neither the model nor the data module "
+                "says how long its sequences are. Give RandomLTD num_tokens."
+            )
+        return self._plan_for(num_tokens).progress()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Intercept the blocks; warn if rules have changed since the checkpoint was written."""
+        rules = self._rules()
+        if changed := [name for name, value in self._loaded_rules.items() if value != rules[name]]:
+            was = ", ".join(f"{name} {self._loaded_rules[name]} (now {rules[name]})" for name in changed)
+            rank_zero_warn(f"The checkpoint was trained with other rules of token dropping: {was}. Those of now hold.")
+        self._loaded_rules = {}
+        if not self.drops:
+            return
+        digest = hashlib.blake2b(repr(rules).encode(), digest_size=8).digest()
+        require_equal_on_ranks(trainer, int.from_bytes(digest, "little") >> 2, "the rules of token dropping")
+        transformer = find_transformer(pl_module)[1]
+        require_training_mode(transformer, anatomy_of(transformer), type(self).__name__)
+        self._follower = TransformerFollower(pl_module, self._follow)
+        self._observer = TransformerObserver(pl_module, self._on_forward, self._on_part)
+
+    def _follow(self, transformer: nn.Module) -> None:
+        was_active = self._dropper is not None and self._dropper.is_active
+        if self._dropper is not None:
+            self._dropper.close()
+        anatomy = anatomy_of(transformer)
+        if self.anatomy is None or anatomy.size != self.anatomy.size:
+            self._take(anatomy)
+        assert self.schedule is not None
+        self._dropper = TokenDropper(
+            routing_of(transformer), self.blocks, self.schedule, self.scope, self._num_prefix, self.seed
+        )
+        if self._position is not None and was_active:
+            # Replaced after this batch has begun.
+            self._dropper.set(*self._position)
+            self._dropper.is_active = True
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was; Lightning does not call ``teardown`` then."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the model as it was."""
+        for part in (self._dropper, self._follower, self._observer):
+            if part is not None:
+                part.close()
+        self._dropper = self._follower = self._observer = None
+
+    # During training
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw the tokens of a new batch."""
+        self._step = trainer.global_step
+        if self._dropper is None or self._follower is None:
+            return
+        self._follower.refresh()
+        # The batch and not the step: micro-batches of one step are different sequences.
+        self._position = (trainer.global_step, (trainer.current_epoch, batch_idx, _data_rank(trainer)))
+        self._dropper.set(*self._position)
+        self._dropper.is_active = True
+
+    def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
+        self._call = None
+        if self._dropper is None or not self._dropper.is_active or (self._observer and self._observer.is_probing):
+            return
+        if not self._has_predicted:
+            check_start(anatomy, self.start_tokens, num_tokens)
+            self._predict(transformer, num_tokens)
+        self._call = (num_sequences, num_tokens)
+        self._in_part.clear()
+        of_blocks = [anatomy.places[block.place](num_sequences, num_tokens) for block in anatomy.blocks]
+        dense = sum(of_blocks)
+        dropping = sum(of_blocks[index] for index in self.blocks)
+        self._count(num_sequences * num_tokens, dense, dense, dropping, num_sequences * len(self.blocks))
+
+    def _on_part(self, index: int, num_kept: int) -> None:
+        # Activation checkpointing calls a block again, with the same tokens.
+        if self._call is None or index in self._in_part or self.anatomy is None:
+            return
+        self._in_part.add(index)
+        dropped = self._call[0] * num_kept - self.anatomy.places[self.anatomy.blocks[index].place](*self._call)
+        self._count(0, dropped, 0, dropped if index in self.blocks else 0, 0)
+
+    def _count(self, *amounts: int) -> None:
+        self._uncollected = self._uncollected.plus(amounts)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Tell a learning-rate schedule that was made anew, for a model of another size."""
+        self._tell_schedulers(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let every block see all tokens again, for what is not training; where it is due, log."""
+        if self._dropper is None or self.schedule is None:
+            return
+        self._dropper.is_active = False
+        self._warn_if_nothing_was_dropped()
+        previous, self._step = self._step, trainer.global_step
+        interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval and self._step // interval > previous // interval:
+            self._collect(trainer)
+            self._log(trainer)
+
+    def _warn_if_nothing_was_dropped(self) -> None:
+        assert self._dropper is not None
+        assert self.schedule is not None
+        if self._has_warned or self._call is None or self._dropper.num_restricted:
+            return
+        num_tokens = self._call[1]
+        is_due = any(block.windows is None for block in self._dropper.routing.blocks) and (
+            max(self.schedule.kept_tokens(self._step, num_tokens), self._num_prefix) < num_tokens
+        )
+        if is_due:
+            self._has_warned = True
+            rank_zero_warn(
+                "RandomLTD dropped no token of a batch, though it is due: the model was called with a cache "
+                "(use_cache=True), in evaluation mode, or its blocks as block.forward(...), which cannot be "
+                "intercepted."
+            )
+
+    def _collect(self, trainer: L.Trainer) -> None:
+        amounts = sum_over_ranks(self._uncollected.amounts(), trainer.strategy, trainer.world_size)
+        self.total = self.total.plus(amounts)
+        self._uncollected = TokenCount()
+
+    def _log(self, trainer: L.Trainer) -> None:
+        window, self._logged = self.total.minus(self._logged), self.total
+        metrics = {
+            "token_dropping/kept_tokens": window.kept_tokens,
+            "token_dropping/layer_tokens": float(self.total.layer_tokens),
+            "token_dropping/effective_tokens": self.total.effective_tokens,
+        }
+        # Not self.log: it would round to float32.
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts, and the rules that they were made by."""
+        return {
+            "version": _STATE_VERSION,
+            "rules": self._rules(),
+            "total": self.total.to_state(),
+            "logged": self._logged.to_state(),
+        }
+
+    def _rules(self) -> dict[str, Any]:
+        names = ("start_tokens", "quantum", "pinned", "scope", "keep_prefix", "max_lengths", "compat", "seed")
+        growth = None if self.schedule is None else self.schedule.growth_steps
+        return {**{name: getattr(self, name) for name in names}, "growth_steps": growth}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the counts, and the rules for comparison.
+
+        Raises:
+            MisconfigurationException: If a newer version wrote the checkpoint.
+        """
+        if state_dict["version"] > _STATE_VERSION:
+            raise MisconfigurationException(
+                f"The checkpoint's token-dropping state has format {state_dict['version']}; this version of lit-accel "
+                f"reads up to {_STATE_VERSION}. Update lit-accel."
+            )
+        self._loaded_rules = dict(state_dict["rules"])
+        self.total = TokenCount(**state_dict["total"])
+        self._logged = TokenCount(**state_dict["logged"])
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Bring the saved counts up to date on all ranks: Lightning has asked for the state without a trainer."""
+        self._collect(trainer)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+
+def _data_rank(trainer: L.Trainer) -> int:
+    """Return which part of the data this process sees: ranks that share a sequence must draw the same tokens."""
+    return int(getattr(trainer.strategy, "distributed_sampler_kwargs", {}).get("rank", trainer.global_rank))

@@ -1,0 +1,117 @@
+"""What a schedule comes to over a run: layer tokens and FLOPs, exactly and before anything is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import accumulate
+
+from lit_accel.anatomy import Anatomy
+from lit_accel.compute.flops import training_flops
+from lit_accel.methods.token_dropping.schedule import TokenSchedule
+
+
+def kept_by_block(
+    anatomy: Anatomy, blocks: Collection[int], schedule: TokenSchedule, step: int, num_tokens: int, num_prefix: int = 0
+) -> dict[int, int]:
+    """Return how many tokens of a sequence each block runs on that does not run on all of them.
+
+    Args:
+        anatomy: The model.
+        blocks: Indices of the blocks that drop tokens.
+        schedule: How many tokens are kept.
+        step: Completed optimizer steps.
+        num_tokens: Tokens of a sequence.
+        num_prefix: The first tokens, which are always kept.
+    """
+    kept = {}
+    for index in blocks:
+        attention = anatomy.blocks[index].attention
+        num_attending = anatomy.places[attention.place](1, num_tokens)
+        if attention.tile is None:
+            num_kept = max(schedule.kept_tokens(step, num_attending), num_prefix)
+        else:
+            num_kept = schedule.kept_windows(step, num_attending // attention.tile) * attention.tile
+        if num_kept < num_attending:
+            kept[index] = num_kept
+    return kept
+
+
+def layer_tokens(anatomy: Anatomy, num_sequences: int, num_tokens: int, kept: dict[int, int]) -> int:
+    """Count the tokens that blocks run on, summed over the blocks.
+
+    Args:
+        anatomy: The model.
+        num_sequences: Sequences of the batch.
+        num_tokens: Tokens of each.
+        kept: What :func:`kept_by_block` returned; empty for all of them.
+    """
+    return sum(
+        num_sequences * kept[index] if index in kept else anatomy.places[block.place](num_sequences, num_tokens)
+        for index, block in enumerate(anatomy.blocks)
+    )
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """A run, for sequences of one length.
+
+    Args:
+        anatomy: The model.
+        blocks: Indices of the blocks that drop tokens.
+        schedule: How many tokens are kept.
+        num_steps: Optimizer steps of the run.
+        num_tokens: Tokens of a sequence.
+        num_prefix: The first tokens, which are always kept.
+    """
+
+    anatomy: Anatomy
+    blocks: tuple[int, ...]
+    schedule: TokenSchedule
+    num_steps: int
+    num_tokens: int
+    num_prefix: int = 0
+
+    def saved_flops(self) -> float:
+        """Return which share of the FLOPs of a dense run is saved, heads and embeddings included."""
+        dense = training_flops(self.anatomy, 1, self.num_tokens).total
+        spent = sum(
+            num * training_flops(self.anatomy, 1, self.num_tokens, kept=self._kept(step)).total
+            for step, num in Counter(self._alike()).items()
+        )
+        return 1 - spent / (dense * self.num_steps)
+
+    def progress(self) -> list[float]:
+        """Return how far the run is before each step and at its end, in dense steps of as many layer tokens.
+
+        Returns:
+            ``num_steps + 1`` numbers. Without dropping they are the steps themselves, exactly.
+        """
+        dense = layer_tokens(self.anatomy, 1, self.num_tokens, {})
+        alike = self._alike()
+        spent = {step: layer_tokens(self.anatomy, 1, self.num_tokens, self._kept(step)) for step in set(alike)}
+        return [total / dense for total in accumulate((spent[step] for step in alike), initial=0)]
+
+    def _kept(self, step: int) -> dict[int, int]:
+        return kept_by_block(self.anatomy, self.blocks, self.schedule, step, self.num_tokens, self.num_prefix)
+
+    def _alike(self) -> list[int]:
+        """Return for each step the first one that keeps as much: runs have up to millions of steps, but few lengths."""
+        extents = set()
+        for index in self.blocks:
+            attention = self.anatomy.blocks[index].attention
+            extents.add((self.anatomy.places[attention.place](1, self.num_tokens), attention.tile))
+        first: dict[tuple[int, ...], int] = {}
+        return [
+            first.setdefault(
+                tuple(
+                    self.schedule.kept_tokens(step, num)
+                    if tile is None
+                    else self.schedule.kept_windows(step, num // tile)
+                    for num, tile in extents
+                ),
+                step,
+            )
+            for step in range(self.num_steps)
+        ]

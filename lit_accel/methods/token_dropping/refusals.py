@@ -1,0 +1,190 @@
+"""What token dropping cannot work with; each message says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lit_accel.anatomy import Anatomy, is_compiled
+from lit_accel.anatomy.build import COMPILE_OPTIONS
+from lit_accel.methods.token_dropping.dropper import Scope
+from lit_accel.methods.token_dropping.schedule import TokenSchedule
+
+
+def dropping_blocks(anatomy: Anatomy, pinned: Sequence[int], scope: Scope) -> tuple[int, ...]:
+    """Return the indices of the blocks that may run on some of their tokens.
+
+    Args:
+        anatomy: The model.
+        pinned: Indices of blocks that always run on all; negative ones count from the last.
+        scope: Which blocks share a draw.
+
+    Raises:
+        MisconfigurationException: If there are none, a pin does not exist, or the scope does not fit the model.
+    """
+    num_blocks, family = len(anatomy.blocks), anatomy.family
+    unknown = [block.path for block in anatomy.blocks if block.attention.tile is not None and block.windows is None]
+    if unknown:
+        raise MisconfigurationException(
+            f"The blocks of this {family} model attend within windows, and how {unknown[0]} lays them out is not "
+            "known: tokens of a window can only be dropped together. Give the blocks of its anatomy `windows` (see "
+            "lit_accel.anatomy.base.Windows)."
+        )
+    has_windows = any(block.windows is not None for block in anatomy.blocks)
+    if scope == "input":
+        if has_windows:
+            raise MisconfigurationException(
+                f'scope="input" would leave holes in the grid of this {family} model, whose patches are merged later. '
+                'Use scope="layer" or "route".'
+            )
+        if not anatomy.pools_tokens:
+            raise MisconfigurationException(
+                f'scope="input" does not bring dropped tokens back, and this {family} model needs each token at its '
+                "end. "
+                'It is for image classifiers of timm\'s VisionTransformer. Use scope="layer" or "route".'
+            )
+        return tuple(range(num_blocks))
+    if wrong := [index for index in pinned if not -num_blocks <= index < num_blocks]:
+        raise MisconfigurationException(
+            f"pinned names block {wrong[0]}, but this {family} model has {num_blocks} blocks: 0 to {num_blocks - 1}, "
+            f"or -{num_blocks} to -1 from the last."
+        )
+    kept = {index % num_blocks for index in pinned}
+    blocks = [index for index in range(num_blocks) if index not in kept]
+    whole = [index for index in blocks if _num_windows(anatomy, index) == 1]
+    if len(blocks) == len(whole):
+        because = f", and {len(whole)} have a single window" if whole else ""
+        raise MisconfigurationException(
+            f"There is no layer to drop tokens in: of the {num_blocks} blocks of this {family} model {len(kept)} "
+            f"always see every token (pinned: {sorted(kept) or 'none'}){because}. Pin fewer blocks, or train a deeper "
+            "model."
+        )
+    return tuple(index for index in blocks if index not in whole)
+
+
+def _num_windows(anatomy: Anatomy, index: int) -> int | None:
+    attention = anatomy.blocks[index].attention
+    if attention.tile is None or anatomy.num_tokens is None:
+        return None
+    return anatomy.places[attention.place](1, anatomy.num_tokens) // attention.tile
+
+
+def check_windows(anatomy: Anatomy, schedule: TokenSchedule, num_prefix: int) -> None:
+    """Check that nothing is asked for that windows do not have.
+
+    Args:
+        anatomy: The model.
+        schedule: How many tokens are kept.
+        num_prefix: The first tokens, which are always kept.
+
+    Raises:
+        MisconfigurationException: If something is.
+    """
+    if all(block.windows is None for block in anatomy.blocks):
+        return
+    asked = {
+        "start_tokens as a number": isinstance(schedule.start, int),
+        "max_lengths": schedule.max_lengths is not None,
+        "compat": schedule.compat is not None,
+        "keep_prefix": num_prefix > 0,
+    }
+    if wrong := [name for name, is_asked in asked.items() if is_asked]:
+        raise MisconfigurationException(
+            f"{' and '.join(wrong)} cannot be used with this {anatomy.family} model: it drops whole windows, whose "
+            "number differs from stage to stage. Give start_tokens as a share, such as 0.25, and leave the rest out."
+        )
+
+
+def check_start(anatomy: Anatomy, start: int | float, num_tokens: int | None) -> None:
+    """Check that a sequence is longer than what is kept of it at first.
+
+    Args:
+        anatomy: The model.
+        start: Kept tokens at first; a share always fits.
+        num_tokens: Tokens of a sequence, or ``None`` if that is not known.
+
+    Raises:
+        MisconfigurationException: If it is not.
+    """
+    if isinstance(start, float):
+        return
+    longest = num_tokens or anatomy.num_tokens or anatomy.size.axes.get("positions") or None
+    if longest is not None and start >= longest:
+        raise MisconfigurationException(
+            f"start_tokens is {start}, and sequences have no more than {longest} tokens: nothing would be dropped. "
+            "Give fewer tokens, or a share of the sequence such as 0.25."
+        )
+
+
+def check_graphs(transformer: nn.Module, anatomy: Anatomy, lengths: Sequence[int]) -> None:
+    """Check that blocks that are compiled for each length by itself are not given too many of them.
+
+    Args:
+        transformer: The transformer.
+        anatomy: Its anatomy.
+        lengths: Numbers of kept tokens over the run.
+
+    Raises:
+        MisconfigurationException: If they are.
+    """
+    modules = [transformer.get_submodule(block.path) for block in anatomy.blocks]
+    if not any(is_compiled(m) and getattr(m, COMPILE_OPTIONS, {}).get("dynamic") is False for m in modules):
+        return
+    import torch._dynamo.config
+
+    limit = torch._dynamo.config.recompile_limit
+    if len(lengths) > limit:
+        raise MisconfigurationException(
+            f"Blocks are compiled with dynamic=False, so each of the {len(lengths)} lengths of this schedule is a "
+            f"graph, and after {limit} torch compiles no more. Set max_lengths={limit}, or leave dynamic out."
+        )
+
+
+def check_trainer(trainer: L.Trainer, callback: L.Callback, scope: Scope) -> None:
+    """Check that the other callbacks leave the tokens alone.
+
+    Args:
+        trainer: The Trainer.
+        callback: Who asks.
+        scope: Which blocks share a draw.
+
+    Raises:
+        MisconfigurationException: If one does not.
+    """
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if other is callback:
+            continue
+        if isinstance(other, type(callback)):
+            raise MisconfigurationException("Two RandomLTD callbacks would drop tokens of one model. Use one of them.")
+        if scope == "input" and getattr(other, "leaves_parameters_unused", False):
+            raise MisconfigurationException(
+                f'scope="input" takes tokens out before the first block, which {type(other).__name__} may skip. Use '
+                'scope="layer" or "route".'
+            )
+
+
+def check_levels(trainer: L.Trainer, anatomy: Anatomy, pinned: Sequence[int], scope: Scope) -> None:
+    """Check that tokens can be dropped at every size that the model will have.
+
+    Args:
+        trainer: The Trainer.
+        anatomy: The full model.
+        pinned: Indices of blocks that always run on all tokens.
+        scope: Which blocks share a draw.
+
+    Raises:
+        MisconfigurationException: If they cannot.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not getattr(callback, "changes_size", False):
+            continue
+        for number, level_map in enumerate(callback.plan_levels(anatomy), 1):
+            try:
+                dropping_blocks(level_map.small, pinned, scope)
+            except MisconfigurationException as error:
+                raise MisconfigurationException(
+                    f"At level {number} of {type(callback).__name__}: {error} Or reduce its depth less."
+                ) from error
