@@ -122,8 +122,9 @@ def _count(
     for layout in anatomy.parameters.values():
         if not layout.is_matrix:
             continue
-        is_in_part = layout.block in kept and layout.place in token_places[layout.block]
-        num_rows = num_sequences * kept[layout.block] if is_in_part else rows[layout.place]  # type: ignore[index]
+        num_rows = rows[layout.place]
+        if layout.block is not None and layout.block in kept and layout.place in token_places[layout.block]:
+            num_rows = num_sequences * kept[layout.block]
         flops = 2 * num_rows * layout.numel(axes)
         of_data = flops if layout.reads_data else 0
         if layout.block is None:

@@ -6,7 +6,7 @@ Shapes: b batch, t tokens, k kept tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -41,7 +41,7 @@ def restrict(call: BlockCall, block: Block, hidden_states: Tensor, kept_bk: Tens
         UnroutableArgumentError: If an argument that is not known has as many entries as there are tokens, or a known
             one has another form than expected.
     """
-    names = _parameter_names(type(call.module))
+    names = _parameter_names(type(call.module).forward)
     routed: dict[str, Any] = {}
     for position, value in enumerate(call.args):
         name = names[position] if position < len(names) else f"argument {position}"
@@ -74,8 +74,8 @@ def restrict(call: BlockCall, block: Block, hidden_states: Tensor, kept_bk: Tens
 
 
 @cache
-def _parameter_names(kind: type) -> tuple[str, ...]:
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(parameter.name for parameter in parameters if parameter.kind in positional)
 

@@ -44,7 +44,7 @@ def take(x_btd: Tensor, kept_bk: Tensor) -> tuple[Tensor, Tensor]:
         The tokens, shape (b, k, d), and what :func:`put` is to put them back into. The latter must go nowhere else:
         its gradient at the tokens taken is replaced by that of the tokens.
     """
-    return _Take.apply(x_btd, kept_bk)  # type: ignore[no-untyped-call]
+    return _Take.apply(x_btd, kept_bk)
 
 
 def put(rest_btd: Tensor, y_bkd: Tensor, kept_bk: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def put(rest_btd: Tensor, y_bkd: Tensor, kept_bk: Tensor) -> Tensor:
         Hidden states, shape (b, t, d), in the wider of the two dtypes.
     """
     dtype = torch.promote_types(rest_btd.dtype, y_bkd.dtype)
-    return _Put.apply(rest_btd.to(dtype), y_bkd.to(dtype), kept_bk)  # type: ignore[no-untyped-call]
+    return _Put.apply(rest_btd.to(dtype), y_bkd.to(dtype), kept_bk)
 
 
 def _rows(kept_bk: Tensor, num_tokens: int) -> Tensor:
