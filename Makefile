@@ -35,7 +35,9 @@ bench: $(STAMP)  ## the measurements behind the README; resumes where it stopped
 	$(BIN)/python -m scripts.measure_transition
 	$(BIN)/python -m scripts.measure_realised_share
 	$(BIN)/python -m scripts.measure_layer_dropping
+	$(BIN)/python -m scripts.measure_token_dropping
 	$(BIN)/python -m scripts.compare_layer_dropping
+	$(BIN)/python -m scripts.compare_token_dropping
 	$(BIN)/python -m scripts.compare_presets
 	$(BIN)/python -m scripts.compare_vision --choices
 	$(MAKE) bench-report

@@ -6,18 +6,12 @@ Every curve comes from the functions that training uses; the sensitivities are a
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import matplotlib.pyplot as plt
-import timm
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure, SubFigure
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from lit_accel import ProgressiveLayerDropping, SensitivityLayerDropping
-from lit_accel.anatomy import Anatomy, anatomy_of
 from lit_accel.compute import training_flops
 from lit_accel.methods.layer_dropping import (
     BlockList,
@@ -32,22 +26,13 @@ from lit_accel.methods.layer_dropping import (
 from lit_accel.methods.layer_dropping.refusals import droppable_blocks
 from lit_accel.methods.layer_dropping.sampling import Sampler
 from lit_accel.schedules import num_steps_of
+from scripts.drawing import BLUE, GREEN, ORANGE, PALE, PICTURES, models, plain
 
-PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
-BLUE, GREEN, ORANGE, PALE = "#33508c", "#3f8f8a", "#d08c2e", "#e8e4dc"
 NUM_BLOCKS = 12
 THETA = 0.5
 NUM_STEPS = 1000
 # What a measurement may look like: the first block far above the others, some hardly distinguishable from noise.
 SENSITIVITIES = [1.7, 0.11, 0.03, 0.004, 0.02, 0.06, 0.005, 0.01, 0.05, 0.002, 0.012, 0.06]
-
-
-def plain(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    """Give a panel its words."""
-    axes.set_title(title, fontsize=11, loc="left")
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_theta(axes: Axes) -> None:
@@ -115,27 +100,6 @@ def draw_progressive() -> Figure:
     draw_raster(left, "systematic", "systematic (the default): 8 or 9 blocks in every step")
     draw_raster(right, "bernoulli", "bernoulli (the paper's): each block by itself")
     return figure
-
-
-def models() -> dict[str, tuple[Anatomy, int]]:
-    """Return models of common sizes with the number of tokens that they are called with; nothing is allocated."""
-    with torch.device("meta"):
-        gpt2 = GPT2Config()
-        medium = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
-        deit = timm.create_model("deit_base_patch16_224")
-        swin = timm.create_model("swinv2_large_window12_192")
-        return {
-            "BERT-Base, 128 tokens": (anatomy_of(BertForMaskedLM(BertConfig())), 128),
-            "GPT-2 small, 1024 tokens": (anatomy_of(GPT2LMHeadModel(gpt2)), 1024),
-            "GPT-2 medium, 1024 tokens": (anatomy_of(GPT2LMHeadModel(medium)), 1024),
-            "DeiT-B, 224 pixels": (anatomy_of(deit), num_tokens_of(deit, 224)),
-            "SwinV2-L, 192 pixels": (anatomy_of(swin), num_tokens_of(swin, 192)),
-        }
-
-
-def num_tokens_of(model: torch.nn.Module, size: int) -> int:
-    """Return how many tokens an image is to a model."""
-    return anatomy_of(model).input_shape((torch.empty(1, 3, size, size, device="meta"),), {})[1]
 
 
 def draw_ceiling(axes: Axes) -> None:

@@ -27,34 +27,16 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader, TensorDataset
 
 from lit_accel import ProgressiveLayerDropping
-from lit_accel.anatomy import anatomy_of, compile_blocks
+from lit_accel.anatomy import anatomy_of
 from lit_accel.compute import training_flops
 from lit_accel.compute.provenance import provenance
+from scripts.timed_gpt import NO_DROPOUT, TimedGPT, train
 
 RESULTS = Path(__file__).parent / "results" / "layer_dropping.json"
 PLAIN, ATTACHED, DROPPED = "plain", "attached, all kept", "9 of 12 kept"
 KEPT = 0.75
-
-
-class Module(L.LightningModule):
-    """A GPT on tokens that mean nothing: only the time matters."""
-
-    def __init__(self, config: transformers.GPT2Config, compiled: bool) -> None:
-        super().__init__()
-        self.model = transformers.GPT2LMHeadModel(config).train()
-        if compiled:
-            compile_blocks(self.model)
-
-    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Return the loss."""
-        return self.model(input_ids=batch[0], labels=batch[0], use_cache=False).loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW."""
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
 class Turns(ProgressiveLayerDropping):
@@ -122,24 +104,12 @@ def measure(
         rounds: How often each arm gets its turn.
         length: Steps of a turn.
     """
-    module, turns = Module(config, compiled), Turns(length)
+    module, turns = TimedGPT(config, compiled), Turns(length)
     watch = Stopwatch(turns)
     flops = training_flops(anatomy_of(module.model), batch_size, num_tokens)
     kept = KEPT * sum(flops.blocks) + flops.outside_blocks
     num_steps = 3 * rounds * length
-    ids = torch.randint(config.vocab_size, (num_steps * batch_size, num_tokens))
-    L.Trainer(
-        accelerator="auto",
-        devices=1,
-        precision="bf16-mixed",
-        max_steps=num_steps,
-        # The watch stands last, so that what the method does in its hooks is timed.
-        callbacks=[turns, watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(module, DataLoader(TensorDataset(ids), batch_size=batch_size))
+    train(module, [turns, watch], num_steps, batch_size, num_tokens)
     seconds = {arm: statistics.median(values) for arm, values in watch.seconds.items()}
     # Neighbouring turns only, so that a machine that slows down does not count.
     overheads = [
@@ -193,14 +163,13 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    small = transformers.GPT2Config(n_layer=12, n_embd=256, n_head=4, n_positions=256, vocab_size=4096, **dropout)
+    small = transformers.GPT2Config(n_layer=12, n_embd=256, n_head=4, n_positions=256, vocab_size=4096, **NO_DROPOUT)
     settings: list[Callable[[], dict[str, Any]]] = [
         lambda: measure(small, 256, 16, False, arguments.rounds, arguments.length)
     ]
     if torch.cuda.is_available():
         for shape in ({}, {"n_layer": 24, "n_embd": 1024, "n_head": 16}):
-            gpu = transformers.GPT2Config(**shape, **dropout)
+            gpu = transformers.GPT2Config(**shape, **NO_DROPOUT)
             settings += [
                 lambda gpu=gpu, compiled=compiled: measure(gpu, 1024, 16, compiled, arguments.rounds, arguments.length)
                 for compiled in (False, True)

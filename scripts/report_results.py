@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts import compare_layer_dropping as dropping
+from scripts import compare_layer_dropping as layer_dropping
+from scripts import compare_token_dropping as token_dropping
 from scripts import compare_vision as vision
 from scripts.compare_presets import CHOICES, CHOICES_LR, DEFAULT, SETUPS, VARIANTS, read_results
+from scripts.comparison import Comparison
 
 CHOICES_SETUP = "width 128"
 ROOT = Path(__file__).parents[1]
@@ -183,25 +185,55 @@ def dropping_seconds_table() -> str:
     )
 
 
-def dropping_quality_table() -> str:
-    """Return held-out losses with and without dropped blocks."""
-    rows = dropping.read_results()
-    full = max(row["flops"] for row in rows if row["arm"] == dropping.DENSE)
+def token_seconds_table() -> str:
+    """Return how much of the counted saving of dropped tokens arrives in seconds."""
+    record = json.loads((RESULTS / "token_dropping.json").read_text())
+    lines = [
+        f"| {row['blocks']} blocks, width {row['width']}, {row['num_tokens']} tokens | "
+        f"{'yes' if row['compiled'] else 'no'} | {row['kept']:.0%} | {row['flops_ratio']:.3f} | "
+        f"{row['time_ratio']:.3f} | {row['realised_share']:.2f} | {row['moving_share']:.1%} |"
+        for row in record["rows"]
+    ]
+    return "\n".join(
+        [
+            "An optimizer step of a GPT whose middle blocks run on a part of the tokens, in parts of a dense one,",
+            "bf16-mixed; the arms take turns within a run. Realised share: log(time ratio) / log(FLOPs ratio). Last",
+            "column: taking tokens out and putting them back, timed by itself, in parts of that step.",
+            "",
+            "| model | compiled | kept | FLOPs | seconds | realised share | moving tokens |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *lines,
+            "",
+            f"`python -m scripts.measure_token_dropping`; {machine(record['provenance'])}.",
+        ]
+    )
+
+
+def quality_table(comparison: Comparison, module: str, dense: str) -> str:
+    """Return held-out losses of the arms of a comparison.
+
+    Args:
+        comparison: The comparison.
+        module: The script that runs it.
+        dense: The arm whose FLOPs are 100 %.
+    """
+    rows = comparison.read()
+    full = max(row["flops"] for row in rows if row["arm"] == dense)
     lines = ["| run | seeds | FLOPs | held-out loss |", "| --- | --- | --- | --- |"]
-    for arm in dropping.ARMS:
+    for arm in comparison.arms:
         if chosen := [row for row in rows if row["arm"] == arm]:
             flops = statistics.mean(row["flops"] for row in chosen) / full
             losses = mean_and_spread([row["val_loss"] for row in chosen], 1, 3)
             lines.append(f"| {arm} | {len(chosen)} | {flops:.0%} | {losses} |")
-    setup = dropping.SETUP
-    missing = [f"`{arm}`" for arm in dropping.ARMS if all(row["arm"] != arm for row in rows)]
+    setup = comparison.setup
+    missing = [f"`{arm}`" for arm in comparison.arms if all(row["arm"] != arm for row in rows)]
+    rates = ", ".join(f"{rate:g}" for rate in sorted({row["lr"] for row in rows}))
     return "\n".join(
         [
             f"A first look at quality: a GPT of {setup.num_blocks} blocks and width {setup.embed} on the standard "
-            "library's "
-            "sources,",
+            "library's sources,",
             f"{setup.num_steps:,} steps of {setup.batch_size * setup.block_size:,} tokens, one learning rate "
-            f"({', '.join(f'{rate:g}' for rate in sorted({row['lr'] for row in rows}))}), tuned for nobody.",
+            f"({rates}), tuned for nobody.",
             "Every run has its own completed decay. Nats a token, lower is better; mean ± standard deviation. These "
             "runs are",
             "far from converged, where cheap steps count for more than they would later: no verdict.",
@@ -209,7 +241,7 @@ def dropping_quality_table() -> str:
             "",
             *lines,
             "",
-            f"`python -m scripts.compare_layer_dropping`; {machine(rows[0]['provenance'])}.",
+            f"`python -m {module}`; {machine(rows[0]['provenance'])}.",
         ]
     )
 
@@ -266,7 +298,20 @@ def main() -> None:
             "results:share": share_table(),
         },
         ROOT / "lit_accel/methods/layer_dropping/README.md": {
-            "results:dropping": f"{dropping_quality_table()}\n\n{dropping_seconds_table()}"
+            "results:dropping": "\n\n".join(
+                [
+                    quality_table(layer_dropping.COMPARISON, layer_dropping.__name__, layer_dropping.DENSE),
+                    dropping_seconds_table(),
+                ]
+            )
+        },
+        ROOT / "lit_accel/methods/token_dropping/README.md": {
+            "results:tokens": "\n\n".join(
+                [
+                    quality_table(token_dropping.COMPARISON, token_dropping.__name__, token_dropping.DENSE),
+                    token_seconds_table(),
+                ]
+            )
         },
     }
     for path, blocks in targets.items():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torch.optim import Optimizer
 
 from lit_accel import ComputeLedger, MultiLevelTraining
 from lit_accel.anatomy import Anatomy, anatomy_of
@@ -16,6 +17,13 @@ from lit_accel.compute import training_flops
 from lit_accel.data import TextDataModule
 from lit_accel.methods.multilevel.phases import resolve_phases
 from lit_accel.tasks import CausalLM, WarmupDecay
+
+Scheduler = Callable[[Optimizer], WarmupDecay]
+
+
+def warmup_and_linear_decay(optimizer: Optimizer) -> WarmupDecay:
+    """Return a warm-up over 5 % of the run and a decay to zero at its end."""
+    return WarmupDecay(optimizer, num_warmup_steps=0.05)
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,13 @@ class Setup:
             max_bytes=self.max_bytes,
         )
 
-    def module(self, lr: float | None = None, decay: str | None = "linear") -> CausalLM:
-        """Return the task: AdamW, warm-up over 5 % of the run, decay to zero (``None``: a constant rate)."""
+    def module(self, lr: float | None = None, scheduler: Scheduler | None = warmup_and_linear_decay) -> CausalLM:
+        """Return the task: AdamW, and by default warm-up over 5 % of the run and decay to zero.
+
+        Args:
+            lr: Peak learning rate instead of the set-up's own.
+            scheduler: Makes the learning-rate schedule; ``None`` is a constant rate.
+        """
         peak = self.lr if lr is None else lr
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         return CausalLM(
@@ -76,9 +89,7 @@ class Setup:
             },
             vocab_size=self.vocab_size,
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.1),
-            lr_scheduler=None
-            if decay is None
-            else lambda optimizer: WarmupDecay(optimizer, num_warmup_steps=0.05, decay=decay),
+            lr_scheduler=scheduler,
         )
 
     def step_flops(self, anatomy: Anatomy) -> int:
@@ -121,6 +132,7 @@ class Setup:
         quiet: bool = False,
         accumulate: int = 1,
         callbacks: Sequence[L.Callback] = (),
+        scheduler: Scheduler = warmup_and_linear_decay,
     ) -> tuple[CausalLM, L.Trainer]:
         """Train once; the ledger goes to ``folder``.
 
@@ -133,6 +145,7 @@ class Setup:
             quiet: Whether to leave out progress bars and summaries.
             accumulate: In how many micro-batches a step is computed.
             callbacks: More callbacks; they come before the method.
+            scheduler: Makes the learning-rate schedule, unless the method brings its own.
         """
         if num_steps % self.num_evaluations:
             # What is compared is the end of the run, where the learning rate is zero: it must be evaluated.
@@ -140,7 +153,7 @@ class Setup:
         L.seed_everything(seed, verbose=False)
         ledger: L.Callback = ComputeLedger(folder=str(folder), print_table=not quiet)
         own_schedule = method is not None and method.learning_rate == "paper"
-        module = self.module(lr, decay=None if own_schedule else "linear")
+        module = self.module(lr, None if own_schedule else scheduler)
         trainer = L.Trainer(
             accelerator="cpu",
             devices=1,

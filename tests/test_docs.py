@@ -16,6 +16,7 @@ DOCUMENTS = [
     "README.md",
     "lit_accel/methods/multilevel/README.md",
     "lit_accel/methods/layer_dropping/README.md",
+    "lit_accel/methods/token_dropping/README.md",
     "docs/new_family.md",
 ]
 
