@@ -82,7 +82,8 @@ def kept_pairs(attention: Attention, num_tokens: int, num_kept: int, counted: Co
     if attention.tile is not None or num_kept == num_tokens:
         return attention_pairs(attention, num_kept, counted)
     others = attention_pairs(attention, num_tokens, counted) - num_tokens
-    return num_kept + round(others * num_kept * (num_kept - 1) / (num_tokens * (num_tokens - 1)))
+    all_pairs = num_tokens * (num_tokens - 1)
+    return num_kept + (2 * others * num_kept * (num_kept - 1) + all_pairs) // (2 * all_pairs)
 
 
 def forward_flops(

@@ -42,12 +42,13 @@ def restrict(call: BlockCall, block: Block, hidden_states: Tensor, kept_bk: Tens
             one has another form than expected.
     """
     names = _parameter_names(type(call.module).forward)
-    routed: dict[str, Any] = {}
-    for position, value in enumerate(call.args):
-        name = names[position] if position < len(names) else f"argument {position}"
-        routed[name] = value
-    given = {**routed, **call.kwargs}
-    _require_windowed_mask(given, block, num_tokens)
+    # Hidden states come first, whatever a block calls them.
+    named = {
+        names[position] if position < len(names) else f"argument {position}": value
+        for position, value in enumerate(call.args)
+        if position
+    }
+    _require_windowed_mask({**named, **call.kwargs}, block, num_tokens)
 
     def restricted(name: str, value: Any) -> Any:
         if name == call.input_name:
@@ -68,7 +69,7 @@ def restrict(call: BlockCall, block: Block, hidden_states: Tensor, kept_bk: Tens
 
     return replace(
         call,
-        args=tuple(restricted(name, value) for name, value in routed.items()),
+        args=(hidden_states, *(restricted(name, value) for name, value in named.items())) if call.args else (),
         kwargs={name: restricted(name, value) for name, value in call.kwargs.items()},
     )
 
@@ -103,6 +104,9 @@ def _restrict(name: str, value: Any, dims: tuple[int, ...], kept_bk: Tensor, num
     shape = tuple(value.shape)
     if value.ndim == 2 and len(dims) == 2:
         value, dims = _with_batch(name, value, len(kept_bk), num_tokens)
+    if value.ndim == 3 and len(dims) == 2:
+        # Attention broadcasts such a mask over sequences: its first dimension is that of the heads.
+        value = value.unsqueeze(0)
     for dim in dims:
         if value.shape[dim] not in (1, num_tokens):
             raise UnroutableArgumentError(
@@ -116,6 +120,8 @@ def _restrict(name: str, value: Any, dims: tuple[int, ...], kept_bk: Tensor, num
 
 def _with_batch(name: str, mask: Tensor, num_sequences: int, num_tokens: int) -> tuple[Tensor, tuple[int, ...]]:
     """Tell a mask of tokens (b, t) from a mask of pairs (t, t), which gets dimensions for batch and heads."""
+    if mask.shape[0] == 1 and num_sequences > 1:
+        return mask[None, None], (-2, -1)
     if mask.shape[0] != num_tokens:
         return mask, (1,)
     if num_sequences == num_tokens:
@@ -152,11 +158,8 @@ def _require_windowed_mask(given: dict[str, Any], block: Block, num_tokens: int)
     window = block.attention.window
     if window is None or window >= num_tokens:
         return
-    if not any(
-        value.ndim > 2
-        for name in block.token_dims
-        if isinstance(value := given.get(name), Tensor) and name != next(iter(block.token_dims))
-    ):
+    _, *others = block.token_dims
+    if not any(isinstance(given.get(name), Tensor) and given[name].ndim > 2 for name in others):
         raise UnroutableArgumentError(
             f"Attention sees {window} of {num_tokens} tokens back, and no mask says so: its kernel counts by itself, "
             'and among the kept tokens it would count wrongly. Use attn_implementation="sdpa" or "eager", which are '

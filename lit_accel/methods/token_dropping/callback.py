@@ -260,6 +260,11 @@ class RandomLTD(L.Callback):
                 continue
             if self._progress is None:
                 self._progress = self._make_progress(trainer)
+            if scheduler.num_total_steps not in (None, self.num_steps):
+                rank_zero_warn(
+                    f"LayerTokenLR was given num_total_steps={scheduler.num_total_steps}, which is ignored beside "
+                    f"RandomLTD: the run has {self.num_steps} optimizer steps."
+                )
             scheduler.follow(self._progress)
 
     def _make_progress(self, trainer: L.Trainer) -> list[float]:
@@ -382,7 +387,7 @@ class RandomLTD(L.Callback):
     def _warn_if_nothing_was_dropped(self) -> None:
         assert self._dropper is not None
         assert self.schedule is not None
-        if self._has_warned or self._call is None or self._dropper.num_restricted:
+        if self._has_warned or self._call is None or self._in_part:
             return
         num_tokens = self._call[1]
         is_due = any(block.windows is None for block in self._dropper.routing.blocks) and (

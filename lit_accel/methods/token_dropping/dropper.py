@@ -73,6 +73,7 @@ class TokenDropper:
         """
         self._step, self._keys = step, tuple(keys)
         self._draws.clear()
+        self._num_input_tokens = 0
         self.num_restricted = 0
 
     def close(self) -> None:
@@ -107,10 +108,11 @@ class TokenDropper:
             self._num_input_tokens = x_btd.shape[1]
         num_tokens = self._num_input_tokens
         num_kept = self._num_kept(num_tokens)
-        if num_kept >= num_tokens:
+        # A first block in evaluation mode, or one that was skipped, has left every token there.
+        if num_kept >= num_tokens or (call.index and x_btd.shape[1] != num_kept):
             return run(call)
         kept_bk = self._draw(call.index, x_btd, num_tokens, num_kept)
-        if x_btd.shape[1] == num_tokens:
+        if call.index == 0:
             x_btd, _ = take(x_btd, kept_bk)
         return self._run(call, num_kept, restrict(call, block, x_btd, kept_bk, num_tokens), run)
 

@@ -34,11 +34,16 @@ def dropping_blocks(anatomy: Anatomy, pinned: Sequence[int], scope: Scope) -> tu
             "lit_accel.anatomy.base.Windows)."
         )
     has_windows = any(block.windows is not None for block in anatomy.blocks)
+    if scope == "route" and has_windows:
+        raise MisconfigurationException(
+            f'scope="route" has all blocks run on the same tokens, and the blocks of this {family} model cut their '
+            'windows differently: there is no choice of whole windows that fits them all. Use scope="layer".'
+        )
     if scope == "input":
         if has_windows:
             raise MisconfigurationException(
                 f'scope="input" would leave holes in the grid of this {family} model, whose patches are merged later. '
-                'Use scope="layer" or "route".'
+                'Use scope="layer".'
             )
         if not anatomy.pools_tokens:
             raise MisconfigurationException(
