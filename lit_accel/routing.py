@@ -1,10 +1,10 @@
 """The one place where the calls of a model's blocks are intercepted: to skip a block, or to run it on other input.
 
 What is intercepted is the call of a block and not its ``forward``: so the decision lies outside of what
-``block.compile()`` compiles, of the hooks with which FSDP2 gathers a block's parameters, and (but for older versions of
-transformers) of activation checkpointing. It is made by an attribute of the block, the one in which
-:meth:`torch.nn.Module.compile` keeps its compiled call: state dicts and hooks do not see it, and copies and pickles of
-a module leave it out.
+``block.compile()`` compiles, of the hooks with which FSDP2 gathers a block's parameters, and of the activation
+checkpointing of recent transformers. (That of older ones and of timm calls the block again, at first without
+gradients.) It is made by an attribute of the block, the one in which :meth:`torch.nn.Module.compile` keeps its compiled
+call: state dicts and hooks do not see it, and copies and pickles of a module leave it out.
 """
 
 from __future__ import annotations

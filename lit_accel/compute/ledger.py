@@ -240,7 +240,9 @@ class ComputeLedger(Callback):
             self._end_phase()
         self._phases.enter(anatomy)
         self._present, dense_flops = self._cost(anatomy, transformer, num_sequences, num_tokens)
-        self._present_in_part = partial(self._cost_in_part, anatomy, transformer, num_sequences, num_tokens)
+        self._present_in_part = partial(
+            self._cost_in_part, anatomy, transformer, num_sequences, num_tokens, is_grad_enabled()
+        )
         self._in_part.clear()
         if self._observer.is_probing:
             # Overhead: no tokens were trained on, and the full model without the method would not have paid it.
@@ -282,10 +284,20 @@ class ComputeLedger(Callback):
         return self._costs[key]
 
     def _cost_in_part(
-        self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int, num_kept: int
+        self,
+        anatomy: Anatomy,
+        transformer: nn.Module,
+        num_sequences: int,
+        num_tokens: int,
+        backward: bool,
+        num_kept: int,
     ) -> Flops:
-        """Return what the model costs if each block runs on so many tokens of a sequence."""
-        backward, recompute = is_grad_enabled(), transformer.training and uses_activation_checkpointing(transformer)
+        """Return what the model costs if each block runs on so many tokens of a sequence.
+
+        Whether there is a backward pass was seen where the model was called: reentrant checkpointing calls blocks
+        without gradients at first.
+        """
+        recompute = transformer.training and uses_activation_checkpointing(transformer)
         key = (len(self._phases.list), num_sequences, num_tokens, backward, recompute, num_kept)
         if key not in self._costs_in_part:
             kept = dict.fromkeys(range(len(anatomy.blocks)), num_kept)

@@ -59,14 +59,14 @@ class TransformerTask(ResizableMixin, LightningModule):
                 "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor},
             }
         if isinstance(scheduler, WarmupDecay) and scheduler.needs_total:
-            scheduler.bind(self._num_total_steps())
+            scheduler.bind(self._num_total_steps(type(scheduler).__name__))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _num_total_steps(self) -> int:
+    def _num_total_steps(self, scheduler: str) -> int:
         num_total_steps = self.trainer.estimated_stepping_batches
         if num_total_steps == float("inf"):
             raise ValueError(
-                "WarmupDecay has to know when the run ends: set trainer.max_steps or trainer.max_epochs, "
+                f"{scheduler} has to know when the run ends: set trainer.max_steps or trainer.max_epochs, "
                 "or give it num_total_steps."
             )
         return int(num_total_steps)

@@ -11,7 +11,7 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["tests.distributed.cycle", "tests.distributed.dropping", "tests.distributed.merged", "tests.distributed.sharded"]
+    [f"tests.distributed.{name}" for name in ("cycle", "dropping", "merged", "sharded", "tokens")]
 )
 
 

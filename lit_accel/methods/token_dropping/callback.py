@@ -23,7 +23,9 @@ from lit_accel.methods.token_dropping.dropper import Scope, TokenDropper
 from lit_accel.methods.token_dropping.learning_rate import LayerTokenLR
 from lit_accel.methods.token_dropping.plan import TokenPlan
 from lit_accel.methods.token_dropping.refusals import (
+    check_first_batch,
     check_graphs,
+    check_interval,
     check_levels,
     check_start,
     check_trainer,
@@ -103,9 +105,9 @@ class RandomLTD(L.Callback):
             raise ValueError(
                 "growth is 0: nothing would ever be dropped. Leave the callback out, or set start_tokens=1.0."
             )
-        for argument, value in (("keep_prefix", keep_prefix), ("num_tokens", num_tokens)):
-            if value is not None and value < 0:
-                raise ValueError(f"{argument} is {value}; it is a number of tokens.")
+        for argument, value, least in (("keep_prefix", keep_prefix, 0), ("num_tokens", num_tokens, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{argument} is {value}; it is a number of tokens, at least {least}.")
         self.start_tokens = start_tokens
         self.growth = growth
         self.quantum = quantum
@@ -187,7 +189,7 @@ class RandomLTD(L.Callback):
         self.num_steps, self.schedule = None, None
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
-            self._plan(trainer, pl_module)
+            self._plan(trainer)
 
     def _take(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
@@ -199,7 +201,7 @@ class RandomLTD(L.Callback):
         data = getattr(trainer, "datamodule", None)
         return self.num_tokens or self.anatomy.num_tokens or getattr(data, "block_size", None)
 
-    def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _plan(self, trainer: L.Trainer) -> None:
         num_steps = trainer.estimated_stepping_batches
         if num_steps not in (float("inf"), -1):
             self.num_steps = int(num_steps)
@@ -218,17 +220,13 @@ class RandomLTD(L.Callback):
                 "before its blocks have seen whole sequences, which is how the model will be used. Make growth "
                 "shorter, or a share of the run such as 0.7."
             )
-        num_tokens = self._known_tokens(trainer)
-        if num_tokens is not None:
-            self._predict(find_transformer(pl_module)[1], num_tokens)
 
-    def _predict(self, transformer: nn.Module, num_tokens: int) -> None:
+    def _predict(self, pl_module: L.LightningModule, num_tokens: int) -> None:
         self._has_predicted = True
         if self.num_steps is None:
             return
-        plan = self._plan_for(num_tokens)
-        if plan.blocks and self.anatomy is not None and all(b.windows is None for b in self.anatomy.blocks):
-            check_graphs(transformer, self.anatomy, plan.schedule.lengths(num_tokens, self.num_steps))
+        plan = self._plan_for(pl_module, num_tokens)
+        check_graphs(find_transformer(pl_module)[1], plan)
         saved = plan.saved_flops()
         if saved < _LEAST_SAVING:
             rank_zero_warn(
@@ -241,25 +239,27 @@ class RandomLTD(L.Callback):
                 f"drop some of {num_tokens} tokens until step {plan.schedule.growth_steps}."
             )
 
-    def _plan_for(self, num_tokens: int) -> TokenPlan:
-        assert self.anatomy is not None
+    def _plan_for(self, pl_module: L.LightningModule, num_tokens: int) -> TokenPlan:
         assert self.schedule is not None
         assert self.num_steps is not None
-        return TokenPlan(self.anatomy, self.blocks, self.schedule, self.num_steps, num_tokens, self._num_prefix)
+        # Of the full model, also where a run goes on from a small phase.
+        anatomy = anatomy_of(find_transformer(pl_module)[1]).at(full_size(pl_module))
+        blocks = dropping_blocks(anatomy, self.pinned, self.scope)
+        return TokenPlan(anatomy, blocks, self.schedule, self.num_steps, num_tokens, self._num_prefix)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Plan for data that the module has made by now, and tell the learning-rate schedule."""
+        """Plan for data that the module has made by now, say what is saved, and tell the learning-rate schedule."""
         if self.schedule is None:
-            self._plan(trainer, pl_module)
-        self._tell_schedulers(trainer)
-
-    def _tell_schedulers(self, trainer: L.Trainer) -> None:
+            self._plan(trainer)
+        num_tokens = self._known_tokens(trainer)
+        if self.drops and num_tokens is not None:
+            self._predict(pl_module, num_tokens)
         for config in trainer.lr_scheduler_configs:
             scheduler = config.scheduler
-            if not isinstance(scheduler, LayerTokenLR) or scheduler.progress is not None:
+            if not isinstance(scheduler, LayerTokenLR):
                 continue
-            if self._progress is None:
-                self._progress = self._make_progress(trainer)
+            check_interval(config.interval, config.frequency)
+            self._progress = self._make_progress(trainer, pl_module)
             if scheduler.num_total_steps not in (None, self.num_steps):
                 rank_zero_warn(
                     f"LayerTokenLR was given num_total_steps={scheduler.num_total_steps}, which is ignored beside "
@@ -267,7 +267,7 @@ class RandomLTD(L.Callback):
                 )
             scheduler.follow(self._progress)
 
-    def _make_progress(self, trainer: L.Trainer) -> list[float]:
+    def _make_progress(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[float]:
         if self.num_steps is None:
             raise MisconfigurationException(
                 "LayerTokenLR must know how long the run is. Give the Trainer max_steps, or max_epochs with a data "
@@ -281,7 +281,7 @@ class RandomLTD(L.Callback):
                 "LayerTokenLR counts the tokens of a whole run in advance, and neither the model nor the data module "
                 "says how long its sequences are. Give RandomLTD num_tokens."
             )
-        return self._plan_for(num_tokens).progress()
+        return self._plan_for(pl_module, num_tokens).progress()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Intercept the blocks; warn if rules have changed since the checkpoint was written."""
@@ -343,11 +343,11 @@ class RandomLTD(L.Callback):
 
     def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
         self._call = None
-        if self._dropper is None or not self._dropper.is_active or (self._observer and self._observer.is_probing):
+        if self._dropper is None or not self._dropper.is_active or self._observer is None or self._observer.is_probing:
             return
         if not self._has_predicted:
-            check_start(anatomy, self.start_tokens, num_tokens)
-            self._predict(transformer, num_tokens)
+            check_first_batch(self.start_tokens, num_tokens)
+            self._predict(self._observer.module, num_tokens)
         self._call = (num_sequences, num_tokens)
         self._in_part.clear()
         of_blocks = [anatomy.places[block.place](num_sequences, num_tokens) for block in anatomy.blocks]
@@ -368,7 +368,11 @@ class RandomLTD(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Tell a learning-rate schedule that was made anew, for a model of another size."""
-        self._tell_schedulers(trainer)
+        for config in trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, LayerTokenLR) and scheduler.progress is None and self._progress is not None:
+                # Not by follow: whoever made it anew has carried the rate of this step over, with factors of its own.
+                scheduler.progress, scheduler.num_total_steps = self._progress, self.num_steps
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -383,6 +387,10 @@ class RandomLTD(L.Callback):
         if interval and self._step // interval > previous // interval:
             self._collect(trainer)
             self._log(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add up what was counted since the last time."""
+        self._collect(trainer)
 
     def _warn_if_nothing_was_dropped(self) -> None:
         assert self._dropper is not None

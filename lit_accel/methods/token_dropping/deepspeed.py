@@ -33,11 +33,11 @@ def translate(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ValueError(f"A DeepSpeed configuration is a mapping; this is a {type(given).__name__}.")
     section, seed = given, None
+    where = ".".join(_PATH)
     for name in _PATH:
         if name in section:
-            section = section[name]
+            section = section[name] if isinstance(section[name], Mapping) else {}
             seed = section.get("seed", seed)
-    where = ".".join(_PATH)
     if "random_ltd_schedule" not in section:
         raise ValueError(f'No section "{where}" with a "random_ltd_schedule" was found; the keys are {list(section)}.')
     if not section.get("enabled"):
@@ -54,13 +54,20 @@ def translate(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
         raise ValueError(f'schedule_type is {schedule["schedule_type"]!r}; DeepSpeed knows "fixed_linear" only.')
     try:
         growth = schedule["schedule_config"]
-        blocks = set(section["random_ltd_layer_id"])
+        num_blocks, blocks = section["total_layer_num"], set(section["random_ltd_layer_id"])
+        if section.get("random_ltd_layer_num", len(blocks)) != len(blocks):
+            raise ValueError(
+                f"random_ltd_layer_num is {section['random_ltd_layer_num']}, and random_ltd_layer_id names "
+                f"{len(blocks)} layers. Name as many as there are."
+            )
+        if beyond := sorted(index for index in blocks if not 0 <= index < num_blocks):
+            raise ValueError(f"random_ltd_layer_id names layer {beyond[0]}; total_layer_num is {num_blocks}.")
         translated = {
             "start_tokens": int(schedule["min_value"]),
             "num_tokens": int(schedule["max_value"]),
             "growth": int(growth["require_steps"]),
             "quantum": int(growth["seq_per_step"]),
-            "pinned": [index for index in range(section["total_layer_num"]) if index not in blocks],
+            "pinned": [index for index in range(num_blocks) if index not in blocks],
             "compat": "deepspeed",
         }
     except KeyError as missing:

@@ -52,7 +52,7 @@ class TokenDropper:
         self.is_active = False
         self.routing = routing
         self.num_restricted = 0
-        """How many calls of blocks were restricted since :meth:`set`."""
+        """How many calls of blocks were restricted since :meth:`set`; recomputed ones may count again."""
         self._blocks = frozenset(blocks)
         self._schedule = schedule
         self._scope = scope
@@ -61,7 +61,8 @@ class TokenDropper:
         self._seed = seed
         self._keys: Sequence[int] = ()
         self._draws: dict[tuple[int, ...], Tensor] = {}
-        self._num_input_tokens = 0
+        # By the number of tokens that the first block keeps of its input: recomputation may come to an earlier call.
+        self._num_before: dict[int, int] = {}
         routing.add(self._handle, Order.SUBSET, self._is_idle)
 
     def set(self, step: int, keys: Sequence[int]) -> None:
@@ -73,7 +74,7 @@ class TokenDropper:
         """
         self._step, self._keys = step, tuple(keys)
         self._draws.clear()
-        self._num_input_tokens = 0
+        self._num_before.clear()
         self.num_restricted = 0
 
     def close(self) -> None:
@@ -105,12 +106,17 @@ class TokenDropper:
     def _on_input(self, call: BlockCall, block: Block, run: Run) -> Any:
         x_btd = call.hidden_states
         if call.index == 0:
-            self._num_input_tokens = x_btd.shape[1]
-        num_tokens = self._num_input_tokens
-        num_kept = self._num_kept(num_tokens)
-        # A first block in evaluation mode, or one that was skipped, has left every token there.
-        if num_kept >= num_tokens or (call.index and x_btd.shape[1] != num_kept):
-            return run(call)
+            num_tokens = x_btd.shape[1]
+            num_kept = self._num_kept(num_tokens)
+            if num_kept >= num_tokens:
+                return run(call)
+            self._num_before[num_kept] = num_tokens
+        else:
+            num_kept = x_btd.shape[1]
+            if num_kept not in self._num_before:
+                # A first block in evaluation mode has left every token there.
+                return run(call)
+            num_tokens = self._num_before[num_kept]
         kept_bk = self._draw(call.index, x_btd, num_tokens, num_kept)
         if call.index == 0:
             x_btd, _ = take(x_btd, kept_bk)
@@ -122,7 +128,8 @@ class TokenDropper:
         height, width = x_bhwd.shape[1:3]
         tokens = windows.tokens(call.module, height, width)
         num_kept = self._schedule.kept_windows(self._step, len(tokens))
-        if num_kept >= len(tokens):
+        # Padded windows may hold more than there are tokens.
+        if num_kept * tokens.shape[1] >= height * width:
             return run(call)
         chosen = self._draw(call.index, x_bhwd, len(tokens), num_kept)
         kept_bk = tokens[chosen].flatten(1)

@@ -31,7 +31,7 @@ class LayerTokenLR(WarmupDecay):
         num_warmup_steps: Warm-up, in dense steps of as many layer tokens (``int``), or in a share of the layer tokens
             of the run (``float`` in [0, 1]). Default: none.
         decay: ``"linear"`` or ``"cosine"`` to zero at the end of the run, or ``"constant"``. Default: ``"linear"``.
-        num_total_steps: Length of the run in optimizer steps; default is what the Trainer says.
+        num_total_steps: Length of the run in optimizer steps, where no callback says it.
 
     Raises:
         ValueError: If ``num_warmup_steps`` is negative or a share above 1, or ``decay`` is unknown.
@@ -69,15 +69,17 @@ class LayerTokenLR(WarmupDecay):
         return [base_lr * factor for base_lr in self.base_lrs]
 
     def _factor(self, progress: Sequence[float]) -> float:
-        total = progress[-1]
+        total, num_steps = progress[-1], len(progress) - 1
+        if self.last_epoch >= num_steps and self.decay != "constant":
+            return 0.0
         # A share is rounded to whole dense steps, as it is in a dense run.
         warmup = num_steps_of(self.num_warmup_steps, round(total))
-        step = min(self.last_epoch, len(progress) - 1)
+        step = min(self.last_epoch, num_steps)
         before = progress[step]
         if before < warmup:
             # What this step adds counts: the first one is not wasted on a rate of zero.
-            after = progress[min(step + 1, len(progress) - 1)]
+            after = progress[min(step + 1, num_steps)]
             return min(1.0, after / warmup)
         if self.decay == "constant":
             return 1.0
-        return decay_factor((total - before) / (total - warmup), self.decay) if total > before else 0.0
+        return decay_factor((total - before) / (total - warmup), self.decay)

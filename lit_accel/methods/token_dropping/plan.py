@@ -33,7 +33,8 @@ def kept_by_block(
             num_kept = max(schedule.kept_tokens(step, num_attending), num_prefix)
         else:
             num_kept = schedule.kept_windows(step, num_attending // attention.tile) * attention.tile
-        if num_kept < num_attending:
+        # Windows may be padded, and then some of them may hold more than there are tokens.
+        if num_kept < anatomy.places[anatomy.blocks[index].place](1, num_tokens):
             kept[index] = num_kept
     return kept
 
@@ -73,11 +74,16 @@ class TokenPlan:
     num_tokens: int
     num_prefix: int = 0
 
-    def saved_flops(self) -> float:
-        """Return which share of the FLOPs of a dense run is saved, heads and embeddings included."""
-        dense = training_flops(self.anatomy, 1, self.num_tokens).total
+    def saved_flops(self, num_sequences: int = 1) -> float:
+        """Return which share of the FLOPs of a dense run is saved, heads and embeddings included.
+
+        Args:
+            num_sequences: Sequences of a batch. It matters where something is paid once a batch, as SwinV2's table of
+                relative positions is.
+        """
+        dense = training_flops(self.anatomy, num_sequences, self.num_tokens).total
         spent = sum(
-            num * training_flops(self.anatomy, 1, self.num_tokens, kept=self._kept(step)).total
+            num * training_flops(self.anatomy, num_sequences, self.num_tokens, kept=self._kept(step)).total
             for step, num in Counter(self._alike()).items()
         )
         return 1 - spent / (dense * self.num_steps)
@@ -92,6 +98,19 @@ class TokenPlan:
         alike = self._alike()
         spent = {step: layer_tokens(self.anatomy, 1, self.num_tokens, self._kept(step)) for step in set(alike)}
         return [total / dense for total in accumulate((spent[step] for step in alike), initial=0)]
+
+    def num_graphs(self) -> int:
+        """Return how many graphs blocks make that are compiled for each number of tokens by itself."""
+        shapes: dict[tuple[int, ...], set[int]] = {}
+        steps = set(self._alike())
+        for index, block in enumerate(self.anatomy.blocks):
+            num_tokens = self.anatomy.places[block.place](1, self.num_tokens)
+            # Plain and shifted blocks are two kinds where there is more than one window.
+            is_split = block.attention.tile is not None and num_tokens > block.attention.tile
+            kind = (block.stage, index % self.anatomy.depth_unit if is_split else 0)
+            shapes.setdefault(kind, {num_tokens})
+            shapes[kind] |= {self._kept(step)[index] for step in steps if index in self._kept(step)}
+        return sum(map(len, shapes.values()))
 
     def _kept(self, step: int) -> dict[int, int]:
         return kept_by_block(self.anatomy, self.blocks, self.schedule, step, self.num_tokens, self.num_prefix)

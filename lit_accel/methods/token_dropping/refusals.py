@@ -8,9 +8,10 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lit_accel.anatomy import Anatomy, is_compiled
+from lit_accel.anatomy import Anatomy, anatomy_of, is_compiled
 from lit_accel.anatomy.build import COMPILE_OPTIONS
 from lit_accel.methods.token_dropping.dropper import Scope
+from lit_accel.methods.token_dropping.plan import TokenPlan
 from lit_accel.methods.token_dropping.schedule import TokenSchedule
 
 
@@ -116,7 +117,7 @@ def check_start(anatomy: Anatomy, start: int | float, num_tokens: int | None) ->
     """
     if isinstance(start, float):
         return
-    longest = num_tokens or anatomy.num_tokens or anatomy.size.axes.get("positions") or None
+    longest = num_tokens or anatomy.size.axes.get("positions") or None
     if longest is not None and start >= longest:
         raise MisconfigurationException(
             f"start_tokens is {start}, and sequences have no more than {longest} tokens: nothing would be dropped. "
@@ -124,27 +125,67 @@ def check_start(anatomy: Anatomy, start: int | float, num_tokens: int | None) ->
         )
 
 
-def check_graphs(transformer: nn.Module, anatomy: Anatomy, lengths: Sequence[int]) -> None:
-    """Check that blocks that are compiled for each length by itself are not given too many of them.
+def check_first_batch(start: int | float, num_tokens: int) -> None:
+    """Check the same on the first batch, where nothing has said before how long sequences are.
+
+    Args:
+        start: Kept tokens at first; a share always fits.
+        num_tokens: Tokens of its sequences.
+
+    Raises:
+        MisconfigurationException: If they are no longer than what is kept.
+    """
+    if isinstance(start, int) and start >= num_tokens:
+        raise MisconfigurationException(
+            f"start_tokens is {start}, and the sequences of the first batch have {num_tokens} tokens: nothing would be "
+            "dropped. Give fewer tokens, or a share of the sequence such as 0.25. If other batches are longer, give "
+            "num_tokens."
+        )
+
+
+def check_interval(interval: str, frequency: int) -> None:
+    """Check that Lightning steps a LayerTokenLR at every optimizer step.
+
+    Args:
+        interval: Lightning's ``interval`` of the scheduler.
+        frequency: Its ``frequency``.
+
+    Raises:
+        MisconfigurationException: If it does not.
+    """
+    if interval != "step" or frequency != 1:
+        raise MisconfigurationException(
+            f"LayerTokenLR goes by optimizer steps, and Lightning is to step it every {frequency} {interval}(s). "
+            'Return {"scheduler": scheduler, "interval": "step"} as the lr_scheduler from configure_optimizers.'
+        )
+
+
+def check_graphs(transformer: nn.Module, plan: TokenPlan) -> None:
+    """Check that blocks are not called in more ways than torch compiles.
 
     Args:
         transformer: The transformer.
-        anatomy: Its anatomy.
-        lengths: Numbers of kept tokens over the run.
+        plan: The run.
 
     Raises:
         MisconfigurationException: If they are.
     """
-    modules = [transformer.get_submodule(block.path) for block in anatomy.blocks]
-    if not any(is_compiled(m) and getattr(m, COMPILE_OPTIONS, {}).get("dynamic") is False for m in modules):
+    modules = [transformer.get_submodule(block.path) for block in anatomy_of(transformer).blocks]
+    compiled = [module for module in modules if is_compiled(module)]
+    is_static = any(getattr(module, COMPILE_OPTIONS, {}).get("dynamic") is False for module in compiled)
+    has_windows = any(block.windows is not None for block in plan.anatomy.blocks)
+    # Of dynamic lengths two graphs are made; of windows, one for each number of them and each stage after all.
+    if not compiled or not (is_static or has_windows):
         return
     import torch._dynamo.config
 
     limit = torch._dynamo.config.recompile_limit
-    if len(lengths) > limit:
+    num_graphs = plan.num_graphs()
+    if num_graphs > limit:
+        advice = "Do not compile them" if has_windows else f"Set max_lengths={limit}, or leave dynamic=False out"
         raise MisconfigurationException(
-            f"Blocks are compiled with dynamic=False, so each of the {len(lengths)} lengths of this schedule is a "
-            f"graph, and after {limit} torch compiles no more. Set max_lengths={limit}, or leave dynamic out."
+            f"The blocks are compiled, and this schedule makes {num_graphs} graphs of them; torch makes no more than "
+            f"{limit} (torch._dynamo.config.recompile_limit). {advice}, or raise that limit."
         )
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 Compat = Literal["deepspeed"]
-# Multiples of it fill the unit interval more evenly than random numbers would.
-_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -95,24 +93,23 @@ class TokenSchedule:
     def kept_windows(self, step: int, num_windows: int) -> int:
         """Return how many windows of an image are kept.
 
-        There are often so few of them that rounding down would drop far more than was asked for. The share that is
-        wanted is kept on average over steps: rounded up or down by a sequence that fills the unit interval evenly.
+        There are often so few of them that rounding down would drop far more than was asked for. So they are rounded up
+        or down in such a way that all windows kept up to a step are those wanted up to it, but for less than one.
 
         Args:
             step: Completed optimizer steps, 0 or more.
-            num_windows: Windows of the image.
+            num_windows: Windows of the image; ``start`` must be a share.
 
         Returns:
             A number from 1 to ``num_windows``.
         """
         if step >= self.growth_steps:
             return num_windows
-        wanted = self.share(step) * num_windows
-        return max(1, min(num_windows, math.floor(wanted + step * _GOLDEN_RATIO % 1)))
-
-    def share(self, step: int) -> float:
-        """Return the share of a sequence that is to be kept, before any rounding; ``start`` must be one, too."""
-        return 1.0 if step >= self.growth_steps else self.start + (1 - self.start) * step / self.growth_steps
+        before, after = (
+            math.floor(num_windows * (self.start * t + (1 - self.start) * t * (t - 1) / (2 * self.growth_steps)))
+            for t in (step, step + 1)
+        )
+        return max(1, min(num_windows, after - before))
 
     def first_tokens(self, num_tokens: int) -> int:
         """Return the smallest number of kept tokens: ``start``, rounded up to a multiple of ``quantum``."""

@@ -86,9 +86,12 @@ class _Take(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_btd: Tensor, kept_bk: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(kept_bk)
+    def forward(x_btd: Tensor, kept_bk: Tensor) -> tuple[Tensor, Tensor]:
         return _select(x_btd, kept_bk), x_btd.view_as(x_btd)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -102,9 +105,12 @@ class _Put(Function):
     """The counterpart of :class:`_Take`: the gradient of the rest is passed on whole, for it to replace its rows."""
 
     @staticmethod
-    def forward(ctx: Any, rest_btd: Tensor, y_bkd: Tensor, kept_bk: Tensor) -> Tensor:
-        ctx.save_for_backward(kept_bk)
+    def forward(rest_btd: Tensor, y_bkd: Tensor, kept_bk: Tensor) -> Tensor:
         return _replace(rest_btd, y_bkd, kept_bk)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
