@@ -15,10 +15,7 @@ import argparse
 import json
 import logging
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -37,14 +34,10 @@ from lit_accel.anatomy import anatomy_of
 from lit_accel.compute import training_flops
 from lit_accel.compute.provenance import provenance
 from lit_accel.methods.multilevel.phases import phase_at
+from scripts.timed_gpt import KEEP_MEMORY, run_apart
 
 RESULTS = Path(__file__).parent / "results" / "realised_share.json"
 NUM_TOKENS, VOCAB, MICRO_BATCH, ACCUMULATE = 256, 4096, 4, 8
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": "8589934592",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
-}
 SETTINGS = [(merge, keeps) for keeps in (False, True) for merge in (1, 4, 8)]
 # Steps of a phase; the first of each is not counted, in which allocator and caches get used to the other size.
 LARGE_STEPS, SMALL_STEPS = 3, 6
@@ -147,10 +140,8 @@ def measure(merge: int, rounds: int) -> dict[str, Any]:
 
 def measure_apart(merge: int, keeps_memory: bool, rounds: int) -> dict[str, Any]:
     """Measure in a new process: the allocator reads its settings when a process starts."""
-    command = [sys.executable, "-m", "scripts.measure_realised_share", "--only", str(merge), "--rounds", str(rounds)]
-    environment = {**os.environ, **(KEEP_MEMORY if keeps_memory else {})}
-    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    return {"keeps_memory": keeps_memory, **json.loads(output.splitlines()[-1])}
+    arguments = ["--only", str(merge), "--rounds", str(rounds)]
+    return {"keeps_memory": keeps_memory, **run_apart("scripts.measure_realised_share", arguments, keeps_memory)}
 
 
 def print_results(rows: list[dict[str, Any]]) -> None:

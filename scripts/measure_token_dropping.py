@@ -18,7 +18,6 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from lit_accel.compute import training_flops
 from lit_accel.compute.provenance import provenance
 from lit_accel.draws import generator
 from lit_accel.methods.token_dropping import TokenSchedule, put, sample_tokens, take
-from scripts.timed_gpt import NO_DROPOUT, TimedGPT, train
+from scripts.timed_gpt import KEEP_MEMORY, NO_DROPOUT, TimedGPT, run_apart, train
 
 RESULTS = Path(__file__).parent / "results" / "token_dropping.json"
 # In parts of a sequence; 1 is the plain model, with the method taken off.
@@ -131,23 +130,19 @@ def seconds_of_moving(
     return statistics.median(times[2:])
 
 
-def measure(
-    config: transformers.GPT2Config, num_tokens: int, batch_size: int, compiled: bool, rounds: int, length: int
-) -> list[dict[str, Any]]:
+def measure(name: str, rounds: int, length: int) -> list[dict[str, Any]]:
     """Train in turns and return a row for each part of the tokens.
 
     Args:
-        config: The model.
-        num_tokens: Tokens of a sequence.
-        batch_size: Sequences of a step.
-        compiled: Whether blocks are compiled.
+        name: Of the setting.
         rounds: How often the whole order of turns is run.
         length: Steps of a turn.
     """
+    config, num_tokens, batch_size, compiled = setting(name)
     module, method = TimedGPT(config, compiled), InTurns(length)
     watch = Stopwatch(method)
     num_steps = rounds * len(_ORDER) * length
-    trainer = train(module, [method, watch], num_steps, batch_size, num_tokens)
+    trainer = train(module, [method, watch], num_steps, batch_size, num_tokens, "cpu" if name == "cpu" else "auto")
     anatomy, device = anatomy_of(module.model), trainer.strategy.root_device
     dense = training_flops(anatomy, batch_size, num_tokens).total
     median = {arm: statistics.median(values) for arm, values in watch.seconds.items()}
@@ -178,22 +173,33 @@ def measure(
     return rows
 
 
+def setting(name: str) -> tuple[transformers.GPT2Config, int, int, bool]:
+    """Return model, tokens of a sequence, sequences of a step and whether blocks are compiled."""
+    if name == "cpu":
+        small = transformers.GPT2Config(
+            n_layer=12, n_embd=256, n_head=4, n_positions=512, vocab_size=4096, **NO_DROPOUT
+        )
+        return small, 512, 8, False
+    return transformers.GPT2Config(**NO_DROPOUT), 1024, 16, name == "gpu, compiled"
+
+
 def print_results(rows: list[dict[str, Any]]) -> None:
     """Print a row a setting."""
     table = Table(title="An optimizer step whose middle blocks run on a part of the tokens")
-    for column in ("model", "compiled", "kept", "FLOPs", "seconds", "realised share", "moving tokens"):
+    for column in ("model", "compiled", "glibc keeps memory", "kept", "FLOPs", "seconds", "realised share", "moving"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             f"L{row['blocks']} d{row['width']} T{row['num_tokens']}",
             "yes" if row["compiled"] else "no",
+            "yes" if row["keeps_memory"] else "no",
             f"{row['kept']:.0%}",
             f"{row['flops_ratio']:.3f}",
             f"{row['time_ratio']:.3f}",
             f"{row['realised_share']:.2f}",
             f"{row['moving_share']:.1%}",
         )
-    Console(width=110).print(table)
+    Console(width=120).print(table)
 
 
 def main() -> None:
@@ -201,25 +207,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--length", type=int, default=4)
+    parser.add_argument("--only", help="measure one setting here, and print its rows")
     arguments = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    small = transformers.GPT2Config(n_layer=12, n_embd=256, n_head=4, n_positions=512, vocab_size=4096, **NO_DROPOUT)
-    settings: list[Callable[[], list[dict[str, Any]]]] = [
-        lambda: measure(small, 512, 8, False, arguments.rounds, arguments.length)
-    ]
+    if arguments.only:
+        transformers.logging.set_verbosity_error()
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore")
+        print(json.dumps(measure(arguments.only, arguments.rounds, arguments.length)))
+        return
+    settings = [("cpu", False), ("cpu", True)]
     if torch.cuda.is_available():
-        gpu = transformers.GPT2Config(**NO_DROPOUT)
-        settings += [
-            lambda compiled=compiled: measure(gpu, 1024, 16, compiled, arguments.rounds, arguments.length)
-            for compiled in (False, True)
-        ]
+        settings += [("gpu", False), ("gpu, compiled", False)]
     rows: list[dict[str, Any]] = []
-    for setting in settings:
-        rows += setting()
+    for name, keeps_memory in settings:
+        options = ["--only", name, "--rounds", str(arguments.rounds), "--length", str(arguments.length)]
+        measured = run_apart("scripts.measure_token_dropping", options, keeps_memory)
+        rows += [{"keeps_memory": keeps_memory, **row} for row in measured]
         print_results(rows)
-    RESULTS.write_text(json.dumps({"rows": rows, "provenance": provenance()}, indent=1) + "\n")
+    record = {"rows": rows, "keep_memory": KEEP_MEMORY, "provenance": provenance()}
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
