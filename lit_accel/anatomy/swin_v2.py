@@ -108,7 +108,7 @@ def describe(model: Any) -> Anatomy:
         # A plain and a shifted block make one step of the whole: a stage of plain ones would not mix its windows.
         depth_unit=2,
         places=places,
-        num_tokens=None if model.dynamic_img_size else math.prod(model.patch_embed.grid_size),
+        num_tokens=math.prod(model.patch_embed.grid_size) if model.patch_embed.strict_img_size else None,
     )
 
 

@@ -115,10 +115,11 @@ def test_reduced_precision(name, precision):
     dtype, autocast, tolerance = PRECISIONS[precision]
     plain, model = (in_training(name, blocks=3) for _ in range(2))
     model.to(dtype)
-    results = []
+    inputs, results = tokens(plain, length=NUM_TOKENS), []
     for each in (plain, model):
         dropping(each).set(5, (0,))
-        inputs = tokens(each, length=NUM_TOKENS)
+        if each is model and inputs.is_floating_point():
+            inputs = inputs.to(dtype)
         with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None and each is model):
             results.append(backward(each, inputs))
     (expected, expected_gradients), (actual, gradients) = results

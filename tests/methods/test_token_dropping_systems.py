@@ -142,8 +142,10 @@ def test_checkpointing_is_bitwise_equal(name, use_reentrant, enable_checkpointin
         assert gradients.keys() == expected_gradients.keys()
         assert_gradients_equal(gradients, expected_gradients, rtol=0, atol=0)
         # timm calls a block once more; Hugging Face what is inside of the call that is intercepted.
-        num_calls = 1 if hasattr(model, "config") else 2
-        assert droppers[1].num_restricted == num_calls * droppers[0].num_restricted > 0
+        # Recent transformers recompute inside of what is intercepted, older ones and timm outside.
+        num_calls = (1, 2) if hasattr(model, "config") else (2,)
+        assert droppers[0].num_restricted > 0
+        assert droppers[1].num_restricted in [number * droppers[0].num_restricted for number in num_calls]
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
