@@ -34,6 +34,7 @@ from lit_accel.anatomy import anatomy_of
 from lit_accel.compute import training_flops
 from lit_accel.compute.provenance import provenance
 from lit_accel.methods.multilevel.phases import phase_at
+from lit_accel.tasks.base import IGNORED_LABEL, token_cross_entropy
 from scripts.timed_gpt import KEEP_MEMORY, run_apart
 
 RESULTS = Path(__file__).parent / "results" / "realised_share.json"
@@ -61,8 +62,10 @@ class Module(L.LightningModule):
         self.model = transformers.GPT2LMHeadModel(config).train()
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """Return the loss."""
-        return self.model(input_ids=batch[0], labels=batch[0]).loss
+        """Return the loss, as ``lit_accel.tasks.CausalLM`` does."""
+        logits_btv = self.model(input_ids=batch[0], use_cache=False).logits
+        targets_bt = torch.nn.functional.pad(batch[0][:, 1:], (0, 1), value=IGNORED_LABEL)
+        return token_cross_entropy(logits_btv, targets_bt)[0]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW."""

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
+from lit_accel.tasks.cross_entropy import cross_entropy_sum
 from lit_accel.tasks.hugging_face import build_transformer
 from lit_accel.tasks.metrics import SampleMean, TokenPerplexity
 from lit_accel.tasks.transformer_task import TransformerTask
@@ -31,9 +31,7 @@ def token_cross_entropy(logits_btv: Tensor, targets_bt: Tensor) -> tuple[Tensor,
         The mean in nats, a scalar, 0 if no position has a target; and the number of positions that have one.
     """
     num_targets = (targets_bt != IGNORED_LABEL).sum()
-    total = cross_entropy(
-        logits_btv.float().flatten(0, 1), targets_bt.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-    )
+    total = cross_entropy_sum(logits_btv.flatten(0, 1), targets_bt.flatten(), IGNORED_LABEL)
     return total / num_targets.clamp(min=1), num_targets
 
 
