@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import statistics
 import tempfile
 import warnings
@@ -65,7 +66,8 @@ class Comparison:
         arm = self.arms[name]
         setup = replace(self.setup, **arm.changes)
         evaluations = setup.num_evaluations
-        num_steps = round(arm.steps * setup.num_steps / evaluations) * evaluations
+        # Rounded up: a control must not get less than what it is held against.
+        num_steps = math.ceil(arm.steps * setup.num_steps / evaluations - 1e-9) * evaluations
         with tempfile.TemporaryDirectory() as folder:
             callbacks = [] if arm.callback is None else [arm.callback()]
             setup.run(

@@ -39,7 +39,8 @@ class ComputeLedger(Callback):
     in closed form (see :mod:`lit_accel.compute.flops`) from the shape of its input, with its backward pass;
     without gradients, the forward pass alone. A block that a method skips is not charged, one that runs on some of its
     tokens is charged for those, and what a method spends on measuring the model is charged, too. Validation is not
-    counted. If the model is resized in mid-training, a new *phase* begins.
+    counted; frozen parameters are counted like trained ones. If the model is resized in mid-training, a new *phase*
+    begins.
 
     - *Dense-equivalent* FLOPs are what the full-size model would have paid on the same batches. The full size
       is the one that the module has at ``setup``, before any checkpoint is loaded.
@@ -87,7 +88,6 @@ class ComputeLedger(Callback):
         self._costs_in_part: dict[tuple[Any, ...], Flops] = {}
         self._present: Flops | None = None
         self._present_in_part: Callable[[int], Flops] = _nothing_present
-        self._in_part: set[int] = set()
         self._step = 0
         self._logged: tuple[int, int] = (0, 0)
         self._in_batch = False
@@ -117,7 +117,7 @@ class ComputeLedger(Callback):
         self._interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._costs, self._costs_in_part = {}, {}
         self._was_called = False
-        self._observer = TransformerObserver(pl_module, self._on_forward, self._on_part)
+        self._observer = TransformerObserver(pl_module, self._on_forward, self._on_part, self._on_end)
         self._sets_flops_per_batch = not hasattr(pl_module, _FLOPS_PER_BATCH)
         self._set_batch_flops(0)
         self._phases.enter(self._observer.anatomy)
@@ -243,18 +243,18 @@ class ComputeLedger(Callback):
         self._present_in_part = partial(
             self._cost_in_part, anatomy, transformer, num_sequences, num_tokens, is_grad_enabled()
         )
-        self._in_part.clear()
         if self._observer.is_probing:
             # Overhead: no tokens were trained on, and the full model without the method would not have paid it.
             num_sequences = dense_flops = 0
         self._count(num_sequences * num_tokens, self._present.total, dense_flops)
 
     def _on_part(self, index: int, num_kept: int) -> None:
-        # Activation checkpointing calls a block again, on the same part.
-        if self._present is not None and index not in self._in_part:
-            self._in_part.add(index)
+        if self._present is not None:
             in_part = self._present_in_part(num_kept).blocks[index] if num_kept else 0
             self._count(0, in_part - self._present.blocks[index], 0)
+
+    def _on_end(self) -> None:
+        self._present = None
 
     def _count(self, tokens: int, flops: int, dense_flops: int) -> None:
         self._phases.count(tokens, flops, dense_flops)

@@ -25,13 +25,21 @@ class TransformerObserver:
         on_forward: What to call.
         on_part: Called for each block that does not run on all its tokens, after the forward call that it is a part of
             has begun; see :data:`~lit_accel.routing.OnPart`. Default: nothing is called.
+        on_end: Called when a forward call is over. What blocks report later belongs to the backward pass, in which
+            activation checkpointing calls them again. Default: nothing is called.
     """
 
-    def __init__(self, module: L.LightningModule, on_forward: OnForward, on_part: OnPart | None = None) -> None:
+    def __init__(
+        self,
+        module: L.LightningModule,
+        on_forward: OnForward,
+        on_part: OnPart | None = None,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
         self.module = module
-        self._on_forward, self._on_part = on_forward, on_part
+        self._on_forward, self._on_part, self._on_end = on_forward, on_part, on_end
         self._routing: BlockRouting | None = None
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         self._follower = TransformerFollower(module, self._follow)
 
     def refresh(self) -> None:
@@ -49,15 +57,17 @@ class TransformerObserver:
         self._leave()
 
     def _leave(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if self._routing is not None and self._on_part is not None:
             self._routing.unlisten(self._on_part)
 
     def _follow(self, transformer: nn.Module) -> None:
         self._leave()
         self.anatomy = anatomy_of(transformer)
-        self._hook = transformer.register_forward_pre_hook(_Hook(self._report), with_kwargs=True)
+        self._hooks = [transformer.register_forward_pre_hook(_Hook(self._report), with_kwargs=True)]
+        if self._on_end is not None:
+            self._hooks.append(transformer.register_forward_hook(_EndHook(self._on_end), always_call=True))
         self._routing = routing_of(transformer)
         if self._on_part is not None:
             self._routing.listen(self._on_part)
@@ -84,3 +94,21 @@ class _Hook:
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()
+
+
+class _EndHook:
+    """A forward hook that does nothing in a copy.
+
+    Args:
+        on_end: What to call; ``None`` in copies.
+    """
+
+    def __init__(self, on_end: Callable[[], None] | None = None):
+        self._on_end = None if on_end is None else torch.compiler.disable(on_end)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._on_end is not None:
+            self._on_end()
+
+    def __reduce__(self) -> tuple[type[_EndHook], tuple[()]]:
+        return _EndHook, ()

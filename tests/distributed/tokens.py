@@ -266,7 +266,7 @@ def on_two_processes(folder: Path) -> None:
             train(folder, f"{strategy}-{checkpointing}", strategy, checkpointing=checkpointing)
     rank = int(os.environ["RANK"])
     for strategy in ("ddp", "fsdp"):
-        for name, value in (("seed", rank), ("quantum", 2 + 2 * rank)):
+        for name, value in (("seed", rank), ("quantum", 2 + 2 * rank), ("start_tokens", (0.25, 1.0)[rank])):
             disagreeing(folder, strategy, RandomLTD(**{**RULES, name: value}))
 
 

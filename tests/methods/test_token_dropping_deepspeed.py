@@ -148,6 +148,15 @@ def test_a_section_without_content_is_refused_with_a_message():
         RandomLTD.from_deepspeed({"data_efficiency": None})
 
 
+@pytest.mark.parametrize("name", ["data_efficiency", "data_routing"])
+def test_what_is_switched_off_further_out_is_not_enabled(name):
+    config = copy.deepcopy(WHOLE)
+    outer = config["data_efficiency"]
+    (outer if name == "data_efficiency" else outer["data_routing"])["enabled"] = False
+    with pytest.raises(ValueError, match=f'"{name}".*is not enabled'):
+        RandomLTD.from_deepspeed(config)
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         RandomLTD.from_deepspeed(tmp_path / "nowhere.json")

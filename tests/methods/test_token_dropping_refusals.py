@@ -67,6 +67,9 @@ def refuse(folder, callbacks, messages, module=None, data=None, error=Misconfigu
     ("arguments", "messages"),
     [
         ({"start_tokens": 0}, ["start_tokens is 0", "at least 1"]),
+        ({"start_tokens": True}, ["start_tokens is True", "at least 1"]),
+        ({"quantum": 2.5}, [r"quantum is 2\.5", "at least 1"]),
+        ({"pinned": [0.5]}, [r"pinned is \[0\.5\]", "integers"]),
         ({"start_tokens": -8}, ["start_tokens is -8", "at least 1"]),
         ({"start_tokens": 1.5}, [r"start_tokens is 1\.5", r"\(0, 1\]"]),
         ({"start_tokens": 0.0}, [r"start_tokens is 0\.0", "1.0 drops nothing"]),

@@ -10,10 +10,16 @@ from typing import Any, get_args
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import is_grad_enabled, nn
 from torch.optim import Optimizer
 
-from lit_accel.anatomy import Anatomy, TransformerFollower, anatomy_of, find_transformer
+from lit_accel.anatomy import (
+    Anatomy,
+    TransformerFollower,
+    anatomy_of,
+    find_transformer,
+    uses_activation_checkpointing,
+)
 from lit_accel.compute.observer import TransformerObserver
 from lit_accel.compute.phases import sum_over_ranks
 from lit_accel.methods.requirements import check_compilation, require_equal_on_ranks, require_training_mode
@@ -31,6 +37,7 @@ from lit_accel.methods.token_dropping.refusals import (
     check_trainer,
     check_windows,
     dropping_blocks,
+    input_prefix,
 )
 from lit_accel.methods.token_dropping.schedule import Compat, TokenSchedule
 from lit_accel.resizing import ensure_built, full_size
@@ -100,6 +107,8 @@ class RandomLTD(L.Callback):
             raise ValueError(f"scope is {scope!r}; allowed are {', '.join(map(repr, get_args(Scope)))}.")
         if scope == "input" and pinned:
             raise ValueError('pinned has no meaning with scope="input", which drops tokens before the first block.')
+        if any(isinstance(index, bool) or not isinstance(index, int) for index in pinned or ()):
+            raise ValueError(f"pinned is {pinned}; it names blocks by their indices, which are integers.")
         num_steps_of(growth, 1)  # raises where it is no duration
         if growth == 0:
             raise ValueError(
@@ -150,8 +159,9 @@ class RandomLTD(L.Callback):
         self._observer: TransformerObserver | None = None
         self._loaded_rules: dict[str, Any] = {}
         self._position: tuple[int, tuple[int, ...]] | None = None
-        self._in_part: set[int] = set()
         self._call: tuple[int, int] | None = None
+        self._longest = 0
+        self._was_called = self._was_partial = False
         self._step = 0
 
     def _schedule_of(self, growth_steps: int) -> TokenSchedule:
@@ -180,8 +190,8 @@ class RandomLTD(L.Callback):
         check_trainer(trainer, self, self.scope)
         if self.drops:
             self._num_prefix = self.keep_prefix or 0
-            if self.keep_prefix is None and self.scope == "input":
-                self._num_prefix = anatomy.num_prefix_tokens
+            if self.scope == "input":
+                self._num_prefix = input_prefix(anatomy, self.keep_prefix)
             check_windows(anatomy, self._schedule_of(1), self._num_prefix)
             check_start(anatomy, self.start_tokens, self._known_tokens(trainer))
             check_compilation(pl_module, transformer, anatomy, type(self).__name__)
@@ -226,8 +236,9 @@ class RandomLTD(L.Callback):
         if self.num_steps is None:
             return
         plan = self._plan_for(pl_module, num_tokens)
-        check_graphs(find_transformer(pl_module)[1], plan)
-        saved = plan.saved_flops()
+        transformer = find_transformer(pl_module)[1]
+        check_graphs(transformer, plan)
+        saved = plan.saved_flops(activation_checkpointing=uses_activation_checkpointing(transformer))
         if saved < _LEAST_SAVING:
             rank_zero_warn(
                 f"RandomLTD would save {saved:.1%} of the FLOPs of this run, which hardly pays. Let it start with "
@@ -235,8 +246,8 @@ class RandomLTD(L.Callback):
             )
         else:
             rank_zero_info(
-                f"RandomLTD: {saved:.1%} of the FLOPs of a dense run will be saved, by {len(plan.blocks)} blocks that "
-                f"drop some of {num_tokens} tokens until step {plan.schedule.growth_steps}."
+                f"RandomLTD alone will save {saved:.1%} of the FLOPs of a dense run: {len(plan.blocks)} of its "
+                f"{len(plan.anatomy.blocks)} blocks do not see every token before step {plan.schedule.growth_steps}."
             )
 
     def _plan_for(self, pl_module: L.LightningModule, num_tokens: int) -> TokenPlan:
@@ -290,14 +301,14 @@ class RandomLTD(L.Callback):
             was = ", ".join(f"{name} {self._loaded_rules[name]} (now {rules[name]})" for name in changed)
             rank_zero_warn(f"The checkpoint was trained with other rules of token dropping: {was}. Those of now hold.")
         self._loaded_rules = {}
-        if not self.drops:
-            return
         digest = hashlib.blake2b(repr(rules).encode(), digest_size=8).digest()
         require_equal_on_ranks(trainer, int.from_bytes(digest, "little") >> 2, "the rules of token dropping")
+        if not self.drops:
+            return
         transformer = find_transformer(pl_module)[1]
         require_training_mode(transformer, anatomy_of(transformer), type(self).__name__)
         self._follower = TransformerFollower(pl_module, self._follow)
-        self._observer = TransformerObserver(pl_module, self._on_forward, self._on_part)
+        self._observer = TransformerObserver(pl_module, self._on_forward, self._on_part, self._on_end)
 
     def _follow(self, transformer: nn.Module) -> None:
         was_active = self._dropper is not None and self._dropper.is_active
@@ -340,28 +351,38 @@ class RandomLTD(L.Callback):
         self._position = (trainer.global_step, (trainer.current_epoch, batch_idx, _data_rank(trainer)))
         self._dropper.set(*self._position)
         self._dropper.is_active = True
+        self._longest, self._was_called, self._was_partial = 0, False, False
 
     def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
         self._call = None
         if self._dropper is None or not self._dropper.is_active or self._observer is None or self._observer.is_probing:
             return
+        self._was_called = True
+        # What a teacher or a target network sees is not trained on.
+        if not (is_grad_enabled() and self._dropper.routing.modules[self.blocks[0]].training):
+            return
+        self._longest = max(self._longest, num_tokens)
         if not self._has_predicted:
             check_first_batch(self.start_tokens, num_tokens)
             self._predict(self._observer.module, num_tokens)
         self._call = (num_sequences, num_tokens)
-        self._in_part.clear()
         of_blocks = [anatomy.places[block.place](num_sequences, num_tokens) for block in anatomy.blocks]
         dense = sum(of_blocks)
         dropping = sum(of_blocks[index] for index in self.blocks)
         self._count(num_sequences * num_tokens, dense, dense, dropping, num_sequences * len(self.blocks))
 
     def _on_part(self, index: int, num_kept: int) -> None:
-        # Activation checkpointing calls a block again, with the same tokens.
-        if self._call is None or index in self._in_part or self.anatomy is None:
+        if self._call is None or self.anatomy is None:
             return
-        self._in_part.add(index)
-        dropped = self._call[0] * num_kept - self.anatomy.places[self.anatomy.blocks[index].place](*self._call)
-        self._count(0, dropped, 0, dropped if index in self.blocks else 0, 0)
+        self._was_partial = True
+        num_sequences, _ = self._call
+        dropped = num_sequences * num_kept - self.anatomy.places[self.anatomy.blocks[index].place](*self._call)
+        of_dropping = dropped if index in self.blocks else 0
+        # A block that another method skips was not called with any sequence.
+        self._count(0, dropped, 0, of_dropping, -num_sequences if of_dropping and not num_kept else 0)
+
+    def _on_end(self) -> None:
+        self._call = None
 
     def _count(self, *amounts: int) -> None:
         self._uncollected = self._uncollected.plus(amounts)
@@ -395,19 +416,22 @@ class RandomLTD(L.Callback):
     def _warn_if_nothing_was_dropped(self) -> None:
         assert self._dropper is not None
         assert self.schedule is not None
-        if self._has_warned or self._call is None or self._in_part:
+        if self._has_warned or self._was_partial or self.schedule.is_over(self._step):
             return
-        num_tokens = self._call[1]
-        is_due = any(block.windows is None for block in self._dropper.routing.blocks) and (
-            max(self.schedule.kept_tokens(self._step, num_tokens), self._num_prefix) < num_tokens
-        )
-        if is_due:
+        if not self._was_called:
             self._has_warned = True
             rank_zero_warn(
-                "RandomLTD dropped no token of a batch, though it is due: the model was called with a cache "
-                "(use_cache=True), in evaluation mode, or its blocks as block.forward(...), which cannot be "
-                "intercepted."
+                "RandomLTD: the transformer was not called in a batch, so nothing was dropped or counted. Call the "
+                "model itself; calls of its parts are not seen."
             )
+        elif self._longest and all(block.windows is None for block in self._dropper.routing.blocks):
+            num_kept = max(self.schedule.kept_tokens(self._step, self._longest), self._num_prefix)
+            if num_kept < self._longest:
+                self._has_warned = True
+                rank_zero_warn(
+                    "RandomLTD dropped no token of a batch, though it is due: the model was called with a cache "
+                    "(use_cache=True), or its blocks as block.forward(...), which cannot be intercepted."
+                )
 
     def _collect(self, trainer: L.Trainer) -> None:
         amounts = sum_over_ranks(self._uncollected.amounts(), trainer.strategy, trainer.world_size)

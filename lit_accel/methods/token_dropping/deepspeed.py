@@ -38,6 +38,8 @@ def translate(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
         if name in section:
             section = section[name] if isinstance(section[name], Mapping) else {}
             seed = section.get("seed", seed)
+            if section.get("enabled") is False:
+                raise ValueError(f'"{name}" of "{where}" is not enabled: leave the callback out.')
     if "random_ltd_schedule" not in section:
         raise ValueError(f'No section "{where}" with a "random_ltd_schedule" was found; the keys are {list(section)}.')
     if not section.get("enabled"):

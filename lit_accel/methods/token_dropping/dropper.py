@@ -83,7 +83,7 @@ class TokenDropper:
         self._draws.clear()
 
     def _is_idle(self) -> bool:
-        return not self.is_active or self._step >= self._schedule.growth_steps
+        return not self.is_active or self._schedule.is_over(self._step)
 
     def _handle(self, call: BlockCall, run: Run) -> Any:
         if not self.is_active or call.index not in self._blocks:

@@ -74,19 +74,26 @@ class TokenPlan:
     num_tokens: int
     num_prefix: int = 0
 
-    def saved_flops(self, num_sequences: int = 1) -> float:
+    def saved_flops(self, num_sequences: int = 1, activation_checkpointing: bool = False) -> float:
         """Return which share of the FLOPs of a dense run is saved, heads and embeddings included.
 
         Args:
             num_sequences: Sequences of a batch. It matters where something is paid once a batch, as SwinV2's table of
                 relative positions is.
+            activation_checkpointing: Whether blocks compute their forward pass once more in the backward pass.
         """
-        dense = training_flops(self.anatomy, num_sequences, self.num_tokens).total
-        spent = sum(
-            num * training_flops(self.anatomy, num_sequences, self.num_tokens, kept=self._kept(step)).total
-            for step, num in Counter(self._alike()).items()
-        )
-        return 1 - spent / (dense * self.num_steps)
+
+        def cost(kept: dict[int, int]) -> int:
+            return training_flops(
+                self.anatomy,
+                num_sequences,
+                self.num_tokens,
+                activation_checkpointing=activation_checkpointing,
+                kept=kept,
+            ).total
+
+        spent = sum(num * cost(self._kept(step)) for step, num in Counter(self._alike()).items())
+        return 1 - spent / (cost({}) * self.num_steps)
 
     def progress(self) -> list[float]:
         """Return how far the run is before each step and at its end, in dense steps of as many layer tokens.

@@ -78,6 +78,27 @@ def _num_windows(anatomy: Anatomy, index: int) -> int | None:
     return anatomy.places[attention.place](1, anatomy.num_tokens) // attention.tile
 
 
+def input_prefix(anatomy: Anatomy, keep_prefix: int | None) -> int:
+    """Return how many of the first tokens are kept with ``scope="input"``.
+
+    Args:
+        anatomy: The model.
+        keep_prefix: What the user chose.
+
+    Raises:
+        MisconfigurationException: If that is fewer than the model itself puts in front.
+    """
+    if keep_prefix is None:
+        return anatomy.num_prefix_tokens
+    if keep_prefix < anatomy.num_prefix_tokens:
+        raise MisconfigurationException(
+            f'keep_prefix is {keep_prefix}, and with scope="input" dropped tokens never come back: the '
+            f"{anatomy.num_prefix_tokens} that this {anatomy.family} model puts in front, such as that for the class, "
+            "must be kept. Leave keep_prefix out."
+        )
+    return keep_prefix
+
+
 def check_windows(anatomy: Anatomy, schedule: TokenSchedule, num_prefix: int) -> None:
     """Check that nothing is asked for that windows do not have.
 

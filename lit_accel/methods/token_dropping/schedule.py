@@ -39,12 +39,12 @@ class TokenSchedule:
 
     def __post_init__(self) -> None:
         is_share = isinstance(self.start, float)
-        if not self.start > 0 or (is_share and self.start > 1):
+        if isinstance(self.start, bool) or not self.start > 0 or (is_share and self.start > 1):
             raise ValueError(
                 f"start_tokens is {self.start}; it is a number of tokens (int), at least 1, or a share of the sequence "
                 "(float) in (0, 1]. 1.0 drops nothing."
             )
-        if self.quantum < 1:
+        if not isinstance(self.quantum, int) or self.quantum < 1:
             raise ValueError(
                 f"quantum is {self.quantum}; kept tokens grow by multiples of it, so it is at least 1. 8 suits 16-bit "
                 "matrix units."
@@ -78,6 +78,8 @@ class TokenSchedule:
             A number from 1 to ``num_tokens``; the latter, too, where a sequence is no longer than ``start``.
         """
         if self.compat == "deepspeed":
+            if num_tokens <= self.start:
+                return num_tokens
             grown = math.floor(step / self.growth_steps * (num_tokens - self.start) + self.start)
             return min(grown - grown % self.quantum, num_tokens)
         if step >= self.growth_steps:
@@ -89,6 +91,15 @@ class TokenSchedule:
             self.growth_steps * quantum
         )
         return min(num_tokens, first + quantum * max(0, num_quanta))
+
+    def is_over(self, step: int) -> bool:
+        """Return whether no sequence, however long, loses a token any more.
+
+        Args:
+            step: Completed optimizer steps.
+        """
+        # By DeepSpeed's formula it depends on the length when the whole sequence is reached.
+        return self.compat is None and step >= self.growth_steps
 
     def kept_windows(self, step: int, num_windows: int) -> int:
         """Return how many windows of an image are kept.
