@@ -21,7 +21,8 @@ demo: $(STAMP)  ## train a small GPT densely and by V-cycle on real text; writes
 	$(BIN)/python -m scripts.demo
 
 test: $(STAMP)  ## the tests, two-process ones included
-	$(BIN)/python -m pytest
+	@# A process a core; the tests of a file share one, since some share a run that takes long.
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(STAMP)  ## lint, format and type check
 	$(BIN)/ruff check .

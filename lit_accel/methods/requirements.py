@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -69,6 +74,34 @@ def require_equal_on_ranks(trainer: L.Trainer, digest: int, what: str) -> None:
             "Training was "
             "stopped before they wait for each other for ever. All ranks must be given the same configuration and seed."
         )
+
+
+def check_rules(trainer: L.Trainer, rules: Mapping[str, Any], stored: Mapping[str, Any], what: str) -> None:
+    """Warn where rules differ from those of a checkpoint, and compare them across ranks. A collective.
+
+    Args:
+        trainer: The Trainer.
+        rules: The rules of this run.
+        stored: Those that a checkpoint was trained with; empty if there is none.
+        what: Of what they are, for messages.
+
+    Raises:
+        RuntimeError: If the ranks differ, on all of them.
+    """
+    if changed := [name for name, value in stored.items() if value != rules[name]]:
+        was = ", ".join(f"{name} {stored[name]} (now {rules[name]})" for name in changed)
+        rank_zero_warn(f"The checkpoint was trained with other rules of {what}: {was}. Those of now hold.")
+    digest = hashlib.blake2b(repr(rules).encode(), digest_size=8).digest()
+    require_equal_on_ranks(trainer, int.from_bytes(digest, "little") >> 2, f"the rules of {what}")
+
+
+def data_rank(trainer: L.Trainer) -> int:
+    """Return which part of the data this process sees; processes that share a sequence have the same.
+
+    Args:
+        trainer: The Trainer.
+    """
+    return int(getattr(trainer.strategy, "distributed_sampler_kwargs", {}).get("rank", trainer.global_rank))
 
 
 def check_compilation(pl_module: L.LightningModule, transformer: nn.Module, anatomy: Anatomy, method: str) -> None:

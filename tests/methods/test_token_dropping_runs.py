@@ -88,7 +88,7 @@ def fit(folder, callbacks, module=None, *, data=None, resume=None, **options):
 
 
 def counts(callback):
-    return callback.total.plus(callback._uncollected.amounts())
+    return callback.total.plus(callback._books.uncollected.amounts())
 
 
 def assert_equal(mine, theirs):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -22,13 +21,14 @@ from lit_accel.anatomy import (
 )
 from lit_accel.compute.observer import TransformerObserver
 from lit_accel.compute.phases import sum_over_ranks
-from lit_accel.methods.requirements import check_compilation, require_equal_on_ranks, require_training_mode
-from lit_accel.methods.token_dropping.books import TokenCount
+from lit_accel.methods.requirements import check_compilation, check_rules, data_rank, require_training_mode
+from lit_accel.methods.token_dropping.books import TokenBooks, TokenCount
 from lit_accel.methods.token_dropping.deepspeed import translate
 from lit_accel.methods.token_dropping.dropper import Scope, TokenDropper
 from lit_accel.methods.token_dropping.learning_rate import LayerTokenLR
 from lit_accel.methods.token_dropping.plan import TokenPlan
 from lit_accel.methods.token_dropping.refusals import (
+    check_arguments,
     check_first_batch,
     check_graphs,
     check_interval,
@@ -38,6 +38,7 @@ from lit_accel.methods.token_dropping.refusals import (
     check_windows,
     dropping_blocks,
     input_prefix,
+    why_nothing_was_dropped,
 )
 from lit_accel.methods.token_dropping.schedule import Compat, TokenSchedule
 from lit_accel.resizing import ensure_built, full_size
@@ -103,20 +104,7 @@ class RandomLTD(L.Callback):
         compat: Compat | None = None,
         seed: int = 0,
     ) -> None:
-        if scope not in get_args(Scope):
-            raise ValueError(f"scope is {scope!r}; allowed are {', '.join(map(repr, get_args(Scope)))}.")
-        if scope == "input" and pinned:
-            raise ValueError('pinned has no meaning with scope="input", which drops tokens before the first block.')
-        if any(isinstance(index, bool) or not isinstance(index, int) for index in pinned or ()):
-            raise ValueError(f"pinned is {pinned}; it names blocks by their indices, which are integers.")
-        num_steps_of(growth, 1)  # raises where it is no duration
-        if growth == 0:
-            raise ValueError(
-                "growth is 0: nothing would ever be dropped. Leave the callback out, or set start_tokens=1.0."
-            )
-        for argument, value, least in (("keep_prefix", keep_prefix, 0), ("num_tokens", num_tokens, 1)):
-            if value is not None and value < least:
-                raise ValueError(f"{argument} is {value}; it is a number of tokens, at least {least}.")
+        check_arguments(scope, pinned, growth, {"keep_prefix": (keep_prefix, 0), "num_tokens": (num_tokens, 1)})
         self.start_tokens = start_tokens
         self.growth = growth
         self.quantum = quantum
@@ -150,22 +138,22 @@ class RandomLTD(L.Callback):
         return cls(**{**translate(config), **options})
 
     def _clear(self) -> None:
-        self.total = TokenCount()
-        """What was counted so far; of several ranks, as of the last time that it was logged or saved."""
-        self._logged = TokenCount()
-        self._uncollected = TokenCount()
+        self._books = TokenBooks()
         self._dropper: TokenDropper | None = None
         self._follower: TransformerFollower | None = None
         self._observer: TransformerObserver | None = None
         self._loaded_rules: dict[str, Any] = {}
         self._position: tuple[int, tuple[int, ...]] | None = None
-        self._call: tuple[int, int] | None = None
-        self._longest = 0
-        self._was_called = self._was_partial = False
+        self._was_called = False
         self._step = 0
 
     def _schedule_of(self, growth_steps: int) -> TokenSchedule:
         return TokenSchedule(self.start_tokens, growth_steps, self.quantum, self.max_lengths, self.compat)
+
+    @property
+    def total(self) -> TokenCount:
+        """What was counted so far; of several ranks, as of the last time that it was logged or saved."""
+        return self._books.total
 
     @property
     def drops(self) -> bool:
@@ -296,19 +284,14 @@ class RandomLTD(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Intercept the blocks; warn if rules have changed since the checkpoint was written."""
-        rules = self._rules()
-        if changed := [name for name, value in self._loaded_rules.items() if value != rules[name]]:
-            was = ", ".join(f"{name} {self._loaded_rules[name]} (now {rules[name]})" for name in changed)
-            rank_zero_warn(f"The checkpoint was trained with other rules of token dropping: {was}. Those of now hold.")
+        check_rules(trainer, self._rules(), self._loaded_rules, "token dropping")
         self._loaded_rules = {}
-        digest = hashlib.blake2b(repr(rules).encode(), digest_size=8).digest()
-        require_equal_on_ranks(trainer, int.from_bytes(digest, "little") >> 2, "the rules of token dropping")
         if not self.drops:
             return
         transformer = find_transformer(pl_module)[1]
         require_training_mode(transformer, anatomy_of(transformer), type(self).__name__)
         self._follower = TransformerFollower(pl_module, self._follow)
-        self._observer = TransformerObserver(pl_module, self._on_forward, self._on_part, self._on_end)
+        self._observer = TransformerObserver(pl_module, self._on_forward, self._books.count_part, self._books.end_call)
 
     def _follow(self, transformer: nn.Module) -> None:
         was_active = self._dropper is not None and self._dropper.is_active
@@ -348,44 +331,24 @@ class RandomLTD(L.Callback):
             return
         self._follower.refresh()
         # The batch and not the step: micro-batches of one step are different sequences.
-        self._position = (trainer.global_step, (trainer.current_epoch, batch_idx, _data_rank(trainer)))
+        self._position = (trainer.global_step, (trainer.current_epoch, batch_idx, data_rank(trainer)))
         self._dropper.set(*self._position)
         self._dropper.is_active = True
-        self._longest, self._was_called, self._was_partial = 0, False, False
+        self._books.begin_batch()
+        self._was_called = False
 
     def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
-        self._call = None
+        self._books.end_call()
         if self._dropper is None or not self._dropper.is_active or self._observer is None or self._observer.is_probing:
             return
         self._was_called = True
         # What a teacher or a target network sees is not trained on.
         if not (is_grad_enabled() and self._dropper.routing.modules[self.blocks[0]].training):
             return
-        self._longest = max(self._longest, num_tokens)
         if not self._has_predicted:
             check_first_batch(self.start_tokens, num_tokens)
             self._predict(self._observer.module, num_tokens)
-        self._call = (num_sequences, num_tokens)
-        of_blocks = [anatomy.places[block.place](num_sequences, num_tokens) for block in anatomy.blocks]
-        dense = sum(of_blocks)
-        dropping = sum(of_blocks[index] for index in self.blocks)
-        self._count(num_sequences * num_tokens, dense, dense, dropping, num_sequences * len(self.blocks))
-
-    def _on_part(self, index: int, num_kept: int) -> None:
-        if self._call is None or self.anatomy is None:
-            return
-        self._was_partial = True
-        num_sequences, _ = self._call
-        dropped = num_sequences * num_kept - self.anatomy.places[self.anatomy.blocks[index].place](*self._call)
-        of_dropping = dropped if index in self.blocks else 0
-        # A block that another method skips was not called with any sequence.
-        self._count(0, dropped, 0, of_dropping, -num_sequences if of_dropping and not num_kept else 0)
-
-    def _on_end(self) -> None:
-        self._call = None
-
-    def _count(self, *amounts: int) -> None:
-        self._uncollected = self._uncollected.plus(amounts)
+        self._books.begin_call(anatomy, self.blocks, num_sequences, num_tokens)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Tell a learning-rate schedule that was made anew, for a model of another size."""
@@ -416,30 +379,25 @@ class RandomLTD(L.Callback):
     def _warn_if_nothing_was_dropped(self) -> None:
         assert self._dropper is not None
         assert self.schedule is not None
-        if self._has_warned or self._was_partial or self.schedule.is_over(self._step):
+        if self._has_warned or self._books.was_partial or self.schedule.is_over(self._step):
             return
-        if not self._was_called:
+        num_kept = max(self.schedule.kept_tokens(self._step, self._books.longest), self._num_prefix)
+        has_windows = any(block.windows is not None for block in self._dropper.routing.blocks)
+        is_due = num_kept < self._books.longest and not has_windows
+        if is_due or not self._was_called:
             self._has_warned = True
-            rank_zero_warn(
-                "RandomLTD: the transformer was not called in a batch, so nothing was dropped or counted. Call the "
-                "model itself; calls of its parts are not seen."
-            )
-        elif self._longest and all(block.windows is None for block in self._dropper.routing.blocks):
-            num_kept = max(self.schedule.kept_tokens(self._step, self._longest), self._num_prefix)
-            if num_kept < self._longest:
-                self._has_warned = True
-                rank_zero_warn(
-                    "RandomLTD dropped no token of a batch, though it is due: the model was called with a cache "
-                    "(use_cache=True), or its blocks as block.forward(...), which cannot be intercepted."
-                )
+            rank_zero_warn(why_nothing_was_dropped(self._was_called))
 
     def _collect(self, trainer: L.Trainer) -> None:
-        amounts = sum_over_ranks(self._uncollected.amounts(), trainer.strategy, trainer.world_size)
-        self.total = self.total.plus(amounts)
-        self._uncollected = TokenCount()
+        books = self._books
+        books.total = books.total.plus(
+            sum_over_ranks(books.uncollected.amounts(), trainer.strategy, trainer.world_size)
+        )
+        books.uncollected = TokenCount()
 
     def _log(self, trainer: L.Trainer) -> None:
-        window, self._logged = self.total.minus(self._logged), self.total
+        books = self._books
+        window, books.logged = books.total.minus(books.logged), books.total
         metrics = {
             "token_dropping/kept_tokens": window.kept_tokens,
             "token_dropping/layer_tokens": float(self.total.layer_tokens),
@@ -457,7 +415,7 @@ class RandomLTD(L.Callback):
             "version": _STATE_VERSION,
             "rules": self._rules(),
             "total": self.total.to_state(),
-            "logged": self._logged.to_state(),
+            "logged": self._books.logged.to_state(),
         }
 
     def _rules(self) -> dict[str, Any]:
@@ -477,15 +435,10 @@ class RandomLTD(L.Callback):
                 f"reads up to {_STATE_VERSION}. Update lit-accel."
             )
         self._loaded_rules = dict(state_dict["rules"])
-        self.total = TokenCount(**state_dict["total"])
-        self._logged = TokenCount(**state_dict["logged"])
+        self._books.total = TokenCount(**state_dict["total"])
+        self._books.logged = TokenCount(**state_dict["logged"])
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Bring the saved counts up to date on all ranks: Lightning has asked for the state without a trainer."""
         self._collect(trainer)
         checkpoint["callbacks"][self.state_key] = self.state_dict()
-
-
-def _data_rank(trainer: L.Trainer) -> int:
-    """Return which part of the data this process sees: ranks that share a sequence must draw the same tokens."""
-    return int(getattr(trainer.strategy, "distributed_sampler_kwargs", {}).get("rank", trainer.global_rank))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -13,6 +14,35 @@ from lit_accel.anatomy.build import COMPILE_OPTIONS
 from lit_accel.methods.token_dropping.dropper import Scope
 from lit_accel.methods.token_dropping.plan import TokenPlan
 from lit_accel.methods.token_dropping.schedule import TokenSchedule
+from lit_accel.schedules import num_steps_of
+
+
+def check_arguments(
+    scope: Scope, pinned: Sequence[int] | None, growth: int | float, counts: Mapping[str, tuple[int | None, int]]
+) -> None:
+    """Check what a user has given, before anything is known of the model.
+
+    Args:
+        scope: Which blocks share a draw.
+        pinned: Indices of blocks that always run on all tokens.
+        growth: When nothing is dropped any more.
+        counts: Numbers of tokens by their names, each with the least that it may be.
+
+    Raises:
+        ValueError: If something is not allowed.
+    """
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope is {scope!r}; allowed are {', '.join(map(repr, get_args(Scope)))}.")
+    if scope == "input" and pinned:
+        raise ValueError('pinned has no meaning with scope="input", which drops tokens before the first block.')
+    if any(isinstance(index, bool) or not isinstance(index, int) for index in pinned or ()):
+        raise ValueError(f"pinned is {pinned}; it names blocks by their indices, which are integers.")
+    num_steps_of(growth, 1)  # raises where it is no duration
+    if growth == 0:
+        raise ValueError("growth is 0: nothing would ever be dropped. Leave the callback out, or set start_tokens=1.0.")
+    for argument, (value, least) in counts.items():
+        if value is not None and value < least:
+            raise ValueError(f"{argument} is {value}; it is a number of tokens, at least {least}.")
 
 
 def dropping_blocks(anatomy: Anatomy, pinned: Sequence[int], scope: Scope) -> tuple[int, ...]:
@@ -208,6 +238,23 @@ def check_graphs(transformer: nn.Module, plan: TokenPlan) -> None:
             f"The blocks are compiled, and this schedule makes {num_graphs} graphs of them; torch makes no more than "
             f"{limit} (torch._dynamo.config.recompile_limit). {advice}, or raise that limit."
         )
+
+
+def why_nothing_was_dropped(was_called: bool) -> str:
+    """Return a warning about a batch in which nothing was dropped though it was due.
+
+    Args:
+        was_called: Whether the transformer was called in it.
+    """
+    if not was_called:
+        return (
+            "RandomLTD: the transformer was not called in a batch, so nothing was dropped or counted. Call the model "
+            "itself; calls of its parts are not seen."
+        )
+    return (
+        "RandomLTD dropped no token of a batch, though it is due: the model was called with a cache (use_cache=True), "
+        "or its blocks as block.forward(...), which cannot be intercepted."
+    )
 
 
 def check_trainer(trainer: L.Trainer, callback: L.Callback, scope: Scope) -> None:
