@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
+
+from tests.ports import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -16,11 +17,11 @@ CONTEXT.set_forkserver_preload(
 
 
 def _rank_main(rank: int, port: int, devices: int, target: Callable[..., None], args: tuple[Any, ...]) -> None:
+    os.environ["MASTER_PORT"] = str(port)
     if devices > 1:
         # What torchrun tells its workers; Lightning then starts no processes of its own.
         os.environ.update(
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
             TORCHELASTIC_RUN_ID="test",
             WORLD_SIZE=str(devices),
             RANK=str(rank),
@@ -35,9 +36,7 @@ def _rank_main(rank: int, port: int, devices: int, target: Callable[..., None], 
 
 def launch(target: Callable[..., None], *args: Any, devices: int, exitcode: int = 0) -> None:
     """Run a function in processes, one a rank, and see that each ends with the given exit code."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = [CONTEXT.Process(target=_rank_main, args=(rank, port, devices, target, args)) for rank in range(devices)]
     for rank in ranks:
         rank.start()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import logging
 
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_accel import ComputeLedger, ProgressiveLayerDropping, RandomLTD
-from lit_accel.methods.token_dropping import TokenSchedule
+from lit_accel.methods.token_dropping import TokenSchedule, callback
 from tests.methods.test_token_dropping_refusals import refuse
 from tests.methods.test_token_dropping_runs import LTD, Deep, fit
 
@@ -77,13 +76,14 @@ def test_a_block_that_is_skipped_keeps_no_token_and_counts_for_no_average(tmp_pa
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["gpt2-tied", "vit"])
-def test_what_is_printed_is_what_the_ledger_counts(tmp_path, name, checkpointing, caplog):
+def test_what_is_printed_is_what_the_ledger_counts(tmp_path, name, checkpointing, monkeypatch):
+    messages = []
+    monkeypatch.setattr(callback, "rank_zero_info", messages.append)
     method, ledger = RandomLTD(**LTD, num_tokens=None if name == "vit" else 12), ComputeLedger(print_table=False)
-    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
-        fit(tmp_path, [method, ledger], Deep(name, checkpointing=checkpointing))
+    fit(tmp_path, [method, ledger], Deep(name, checkpointing=checkpointing))
     total = ledger.phases.total
-    (message,) = [record.message for record in caplog.records if "RandomLTD alone will save" in record.message]
-    assert f"will save {1 - total.flops / total.dense_flops:.1%} of the FLOPs" in message
+    (message,) = messages
+    assert f"RandomLTD alone will save {1 - total.flops / total.dense_flops:.1%} of the FLOPs" in message
     assert "4 of its 6 blocks" in message
 
 
