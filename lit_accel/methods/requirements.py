@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as L
@@ -102,6 +102,29 @@ def data_rank(trainer: L.Trainer) -> int:
         trainer: The Trainer.
     """
     return int(getattr(trainer.strategy, "distributed_sampler_kwargs", {}).get("rank", trainer.global_rank))
+
+
+def check_levels(trainer: L.Trainer, anatomy: Anatomy, check: Callable[[Anatomy], object]) -> None:
+    """Check every smaller size that the model will have.
+
+    Args:
+        trainer: The Trainer.
+        anatomy: The full model.
+        check: Raises a MisconfigurationException if it does not work at a size.
+
+    Raises:
+        MisconfigurationException: If it does not, with the level.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not getattr(callback, "changes_size", False):
+            continue
+        for number, level_map in enumerate(callback.plan_levels(anatomy), 1):
+            try:
+                check(level_map.small)
+            except MisconfigurationException as error:
+                raise MisconfigurationException(
+                    f"At level {number} of {type(callback).__name__}: {error} Or reduce its depth less."
+                ) from error
 
 
 def check_compilation(pl_module: L.LightningModule, transformer: nn.Module, anatomy: Anatomy, method: str) -> None:

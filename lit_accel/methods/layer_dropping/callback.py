@@ -20,7 +20,6 @@ from lit_accel.compute.observer import TransformerObserver
 from lit_accel.methods.layer_dropping.books import Tally
 from lit_accel.methods.layer_dropping.dropper import BlockDropper, Scale
 from lit_accel.methods.layer_dropping.refusals import (
-    check_levels,
     check_sublayers,
     check_trainer,
     droppable_blocks,
@@ -29,6 +28,7 @@ from lit_accel.methods.layer_dropping.refusals import (
 from lit_accel.methods.layer_dropping.sampling import Sampler, sample_blocks
 from lit_accel.methods.requirements import (
     check_compilation,
+    check_levels,
     check_unused_parameters,
     require_equal_on_ranks,
     require_training_mode,
@@ -138,7 +138,8 @@ class LayerDropping(L.Callback, ABC):
             check_compilation(pl_module, transformer, anatomy, name)
             check_sublayers(transformer, anatomy, self._scale, name)
             check_unused_parameters(trainer, name)
-            check_levels(trainer, anatomy.at(full_size(pl_module)), self.pinned, name)
+            full = anatomy.at(full_size(pl_module))
+            check_levels(trainer, full, lambda level: droppable_blocks(level, self.pinned, name))
         self.num_steps = None
         # A module that makes its data in its own setup has none yet.
         if not self.needs_length or trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():

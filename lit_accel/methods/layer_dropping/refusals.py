@@ -56,30 +56,6 @@ def droppable_blocks(anatomy: Anatomy, pinned: Sequence[int], method: str) -> li
     return units
 
 
-def check_levels(trainer: L.Trainer, anatomy: Anatomy, pinned: Sequence[int], method: str) -> None:
-    """Check that blocks can be dropped at every size that the model will have.
-
-    Args:
-        trainer: The Trainer.
-        anatomy: The full model.
-        pinned: Indices of blocks that always run.
-        method: Who asks, for messages.
-
-    Raises:
-        MisconfigurationException: If they cannot.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not getattr(callback, "changes_size", False):
-            continue
-        for number, level_map in enumerate(callback.plan_levels(anatomy), 1):
-            try:
-                droppable_blocks(level_map.small, pinned, method)
-            except MisconfigurationException as error:
-                raise MisconfigurationException(
-                    f"At level {number} of {type(callback).__name__}: {error} Or reduce its depth less."
-                ) from error
-
-
 def resolve_scale(anatomy: Anatomy, scale: Scale | None, method: str) -> Scale:
     """Return what is scaled: by default the block, or nothing where norms stand after the addition.
 

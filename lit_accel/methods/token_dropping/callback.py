@@ -21,7 +21,13 @@ from lit_accel.anatomy import (
 )
 from lit_accel.compute.observer import TransformerObserver
 from lit_accel.compute.phases import sum_over_ranks
-from lit_accel.methods.requirements import check_compilation, check_rules, data_rank, require_training_mode
+from lit_accel.methods.requirements import (
+    check_compilation,
+    check_levels,
+    check_rules,
+    data_rank,
+    require_training_mode,
+)
 from lit_accel.methods.token_dropping.books import TokenBooks, TokenCount
 from lit_accel.methods.token_dropping.deepspeed import translate
 from lit_accel.methods.token_dropping.dropper import Scope, TokenDropper
@@ -32,7 +38,6 @@ from lit_accel.methods.token_dropping.refusals import (
     check_first_batch,
     check_graphs,
     check_interval,
-    check_levels,
     check_start,
     check_trainer,
     check_windows,
@@ -183,7 +188,8 @@ class RandomLTD(L.Callback):
             check_windows(anatomy, self._schedule_of(1), self._num_prefix)
             check_start(anatomy, self.start_tokens, self._known_tokens(trainer))
             check_compilation(pl_module, transformer, anatomy, type(self).__name__)
-            check_levels(trainer, anatomy.at(full_size(pl_module)), self.pinned, self.scope)
+            full = anatomy.at(full_size(pl_module))
+            check_levels(trainer, full, lambda level: dropping_blocks(level, self.pinned, self.scope))
         self.num_steps, self.schedule = None, None
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():

@@ -278,27 +278,3 @@ def check_trainer(trainer: L.Trainer, callback: L.Callback, scope: Scope) -> Non
                 f'scope="input" takes tokens out before the first block, which {type(other).__name__} may skip. Use '
                 'scope="layer" or "route".'
             )
-
-
-def check_levels(trainer: L.Trainer, anatomy: Anatomy, pinned: Sequence[int], scope: Scope) -> None:
-    """Check that tokens can be dropped at every size that the model will have.
-
-    Args:
-        trainer: The Trainer.
-        anatomy: The full model.
-        pinned: Indices of blocks that always run on all tokens.
-        scope: Which blocks share a draw.
-
-    Raises:
-        MisconfigurationException: If they cannot.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not getattr(callback, "changes_size", False):
-            continue
-        for number, level_map in enumerate(callback.plan_levels(anatomy), 1):
-            try:
-                dropping_blocks(level_map.small, pinned, scope)
-            except MisconfigurationException as error:
-                raise MisconfigurationException(
-                    f"At level {number} of {type(callback).__name__}: {error} Or reduce its depth less."
-                ) from error
