@@ -27,10 +27,6 @@ _STATE_VERSION = 1
 _FLOPS_PER_BATCH = "flops_per_batch"
 
 
-def _nothing_present(num_kept: int) -> Flops:
-    raise RuntimeError("No forward call is being counted.")
-
-
 class ComputeLedger(Callback):
     """Counts FLOPs, dense-equivalent FLOPs, tokens and seconds of a fit, step by step, and writes them down.
 
@@ -86,8 +82,8 @@ class ComputeLedger(Callback):
         self._table_path: Path | None = None
         self._costs: dict[tuple[Any, ...], tuple[Flops, int]] = {}
         self._costs_in_part: dict[tuple[Any, ...], Flops] = {}
-        self._present: Flops | None = None
-        self._present_in_part: Callable[[int], Flops] = _nothing_present
+        # What the present call costs whole, and with each block on so many tokens of a sequence.
+        self._present: tuple[Flops, Callable[[int], Flops]] | None = None
         self._step = 0
         self._logged: tuple[int, int] = (0, 0)
         self._in_batch = False
@@ -239,19 +235,18 @@ class ComputeLedger(Callback):
         if self._phases.ends_with(anatomy):
             self._end_phase()
         self._phases.enter(anatomy)
-        self._present, dense_flops = self._cost(anatomy, transformer, num_sequences, num_tokens)
-        self._present_in_part = partial(
-            self._cost_in_part, anatomy, transformer, num_sequences, num_tokens, is_grad_enabled()
-        )
+        flops, dense_flops = self._cost(anatomy, transformer, num_sequences, num_tokens)
+        in_part = partial(self._cost_in_part, anatomy, transformer, num_sequences, num_tokens, is_grad_enabled())
+        self._present = flops, in_part
         if self._observer.is_probing:
             # Overhead: no tokens were trained on, and the full model without the method would not have paid it.
             num_sequences = dense_flops = 0
-        self._count(num_sequences * num_tokens, self._present.total, dense_flops)
+        self._count(num_sequences * num_tokens, flops.total, dense_flops)
 
     def _on_part(self, index: int, num_kept: int) -> None:
         if self._present is not None:
-            in_part = self._present_in_part(num_kept).blocks[index] if num_kept else 0
-            self._count(0, in_part - self._present.blocks[index], 0)
+            whole, in_part = self._present
+            self._count(0, (in_part(num_kept).blocks[index] if num_kept else 0) - whole.blocks[index], 0)
 
     def _on_end(self) -> None:
         self._present = None

@@ -395,3 +395,7 @@ def test_mixed_precision(tmp_path, name):
         losses[precision] = module.seen
     assert losses["bf16-mixed"] != losses["32-true"]
     assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.05)
+
+
+def test_a_run_of_no_steps(tmp_path):
+    fit(tmp_path, [RandomLTD(**LTD, num_tokens=12)], max_steps=0)

@@ -227,7 +227,7 @@ class RandomLTD(L.Callback):
 
     def _predict(self, pl_module: L.LightningModule, num_tokens: int) -> None:
         self._has_predicted = True
-        if self.num_steps is None:
+        if not self.num_steps:
             return
         plan = self._plan_for(pl_module, num_tokens)
         transformer = find_transformer(pl_module)[1]

@@ -109,14 +109,14 @@ class TokenPlan:
     def num_graphs(self) -> int:
         """Return how many graphs blocks make that are compiled for each number of tokens by itself."""
         shapes: dict[tuple[int, ...], set[int]] = {}
-        steps = set(self._alike())
+        kept_at = [self._kept(step) for step in set(self._alike())]
         for index, block in enumerate(self.anatomy.blocks):
             num_tokens = self.anatomy.places[block.place](1, self.num_tokens)
             # Plain and shifted blocks are two kinds where there is more than one window.
             is_split = block.attention.tile is not None and num_tokens > block.attention.tile
             kind = (block.stage, index % self.anatomy.depth_unit if is_split else 0)
             shapes.setdefault(kind, {num_tokens})
-            shapes[kind] |= {self._kept(step)[index] for step in steps if index in self._kept(step)}
+            shapes[kind] |= {kept[index] for kept in kept_at if index in kept}
         return sum(map(len, shapes.values()))
 
     def _kept(self, step: int) -> dict[int, int]:

@@ -136,12 +136,3 @@ class TokenSchedule:
     def _start_of(self, num_tokens: int) -> int:
         start = round(self.start * num_tokens) if isinstance(self.start, float) else self.start
         return max(1, min(start, num_tokens))
-
-    def lengths(self, num_tokens: int, num_steps: int) -> list[int]:
-        """Return the distinct numbers of kept tokens of a run, in ascending order.
-
-        Args:
-            num_tokens: Tokens of a sequence.
-            num_steps: Optimizer steps of the run.
-        """
-        return sorted({self.kept_tokens(step, num_tokens) for step in range(num_steps)})
