@@ -5,6 +5,8 @@ from lit_accel.compute import ComputeLedger
 from lit_accel.methods.layer_dropping.mixins import ProgressiveLayerDroppingMixin, SensitivityLayerDroppingMixin
 from lit_accel.methods.layer_dropping.pld import ProgressiveLayerDropping
 from lit_accel.methods.layer_dropping.sbld import SensitivityLayerDropping
+from lit_accel.methods.mixed_sparsity.callback import MixedSparsityTraining
+from lit_accel.methods.mixed_sparsity.mixin import MixedSparsityMixin
 from lit_accel.methods.multilevel.callback import MultiLevelTraining
 from lit_accel.methods.multilevel.mixin import MultiLevelMixin
 from lit_accel.methods.multilevel.phases import Level, Phase
@@ -17,6 +19,8 @@ __all__ = [
     "ComputeLedger",
     "LayerTokenLR",
     "Level",
+    "MixedSparsityMixin",
+    "MixedSparsityTraining",
     "MultiLevelMixin",
     "MultiLevelTraining",
     "Phase",

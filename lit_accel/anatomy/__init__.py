@@ -2,8 +2,8 @@
 
 # Importing a family registers it; none of them imports its model library.
 from lit_accel.anatomy import bert, gpt2, llama, roberta, swin_v2, vit  # noqa: F401
-from lit_accel.anatomy.axes import Axis, Dim, parse_layout
-from lit_accel.anatomy.base import Anatomy, AnatomyError, Attention, Block, ParameterLayout, Size
+from lit_accel.anatomy.axes import Axis, Dim, parse_layout, positions_along
+from lit_accel.anatomy.base import Anatomy, AnatomyError, Attention, AttentionKernel, Block, ParameterLayout, Size
 from lit_accel.anatomy.build import (
     build_resized,
     compile_blocks,
@@ -14,12 +14,13 @@ from lit_accel.anatomy.build import (
     uses_activation_checkpointing,
 )
 from lit_accel.anatomy.following import TransformerFollower
-from lit_accel.anatomy.registry import anatomy_of, find_transformer, register_anatomy
+from lit_accel.anatomy.registry import anatomy_of, describe_as, find_transformer, register_anatomy
 
 __all__ = [
     "Anatomy",
     "AnatomyError",
     "Attention",
+    "AttentionKernel",
     "Axis",
     "Block",
     "Dim",
@@ -29,10 +30,12 @@ __all__ = [
     "anatomy_of",
     "build_resized",
     "compile_blocks",
+    "describe_as",
     "find_transformer",
     "is_compiled",
     "loses_compilation",
     "parse_layout",
+    "positions_along",
     "register_anatomy",
     "rehearse_build",
     "require_blocks_alike",

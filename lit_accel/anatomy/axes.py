@@ -13,7 +13,7 @@ touches, and ``in:`` marks the dimension that a matrix product sums over.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -58,6 +58,33 @@ class Dim:
     def names(self) -> frozenset[str]:
         """The names of all axes in this dimension."""
         return frozenset(factor for chunk in self.chunks for factor in chunk if isinstance(factor, str))
+
+
+def positions_along(dim: Dim, axes: Mapping[str, int], axis: str, chosen: Sequence[int]) -> list[int]:
+    """Return where some indices of an axis are along a dimension, in order; parts without the axis are kept whole.
+
+    Args:
+        dim: The dimension.
+        axes: Axis sizes.
+        axis: The axis.
+        chosen: Indices along it, in order.
+    """
+    positions: list[int] = []
+    start = 0
+    for index, chunk in enumerate(dim.chunks):
+        shape = dim.chunk_shape(index, axes)
+        length = math.prod(shape)
+        if axis in chunk:
+            place = chunk.index(axis)
+            inner = math.prod(shape[place + 1 :])
+            for outer in range(math.prod(shape[:place])):
+                for unit in chosen:
+                    first = start + (outer * shape[place] + unit) * inner
+                    positions += range(first, first + inner)
+        else:
+            positions += range(start, start + length)
+        start += length
+    return positions
 
 
 def parse_layout(layout: str) -> tuple[Dim, ...]:

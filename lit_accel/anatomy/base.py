@@ -48,6 +48,42 @@ class Attention:
     place: str = "token"
 
 
+class AttentionKernel(Protocol):
+    """Another way to attend than that of a model."""
+
+    @property
+    def name(self) -> str:
+        """A name that no other kernel has."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *,
+        scale: float | None,
+        dropout: float,
+        training: bool,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: Shape (batch, heads, queries, head_dim).
+            key: Shape (batch, kv_heads, keys, head_dim), ``kv_heads`` a divisor of ``heads``; the last keys are those
+                of the queries.
+            value: Like ``key``.
+            mask: What the model allows, true or 0 where it does, to be broadcast to (batch, heads, queries, keys);
+                ``None`` for causal attention.
+            scale: What scores are multiplied by; default is ``head_dim ** -0.5``.
+            dropout: Probability with which a weight is dropped.
+            training: Whether the module is in training mode.
+
+        Returns:
+            Shape (batch, heads, queries, head_dim).
+        """
+
+
 class Windows(Protocol):
     """How a block that works on windows of an image can be called with some of them."""
 
@@ -100,6 +136,10 @@ class Block:
         numbering: Those of ``token_dims`` that number the tokens of each sequence, for attention kernels to see where
             one ends: among some of the tokens they are numbers anew, and not a part of the old ones.
         windows: Where the block works on disjoint windows of tokens, how to have it work on some of them.
+        ffn: The axis of the neurons of its feed-forward network.
+        attributes: Attributes of its modules that follow from axis sizes, such as numbers of heads, as sums and
+            products of axes: ``{"attn.split_size": "heads*head_dim"}``. Those of linear layers are not named.
+        indivisible: Axes of which no index can be left out, with the reason, which completes "cannot be switched off:".
     """
 
     path: str
@@ -111,6 +151,9 @@ class Block:
     place: str = "token"
     numbering: frozenset[str] = frozenset()
     windows: Windows | None = None
+    ffn: str = "ffn"
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    indivisible: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -186,6 +229,8 @@ class Anatomy:
         depth_unit: How many neighbouring blocks of a stage differ in kind and recur together, such as the plain and
             the shifted one of Swin. Depth changes merge or copy whole units: blocks of one kind with each other.
         places: The rows that a call brings to each place of the model.
+        attend: Has a model's causal attention computed by another kernel; returns what undoes it. ``None`` where that
+            is not known.
         num_tokens: Tokens of a sequence, where the model takes no other number.
         num_prefix_tokens: Tokens before those of the input: for a class, distillation or registers.
         pools_tokens: Whether what follows the last block works on any part of the tokens, the prefix included.
@@ -207,6 +252,9 @@ class Anatomy:
     num_tokens: int | None = None
     num_prefix_tokens: int = 0
     pools_tokens: bool = False
+    attend: Callable[[nn.Module, AttentionKernel], Callable[[], None]] | None = field(
+        default=None, compare=False, repr=False
+    )
     places: Mapping[str, Rows] = field(default_factory=lambda: SEQUENCE_PLACES, compare=False, repr=False)
 
     @property

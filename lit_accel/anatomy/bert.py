@@ -93,6 +93,7 @@ FAMILY = HuggingFaceFamily(
     ),
     token_dims={"hidden_states": (1,), "attention_mask": (-2, -1), "cache_position": (0,)},
     width_axes=(("embed",), ("heads",), ("ffn",)),
+    attributes={"attention.self.num_attention_heads": "heads", "attention.self.all_head_size": "heads*head_dim"},
     axes=_axes,
     attention=lambda config, index: Attention(heads=("heads",), head_dim="head_dim", causal=config.is_decoder),
     resize=_resize,

@@ -73,6 +73,7 @@ _FAMILY = HuggingFaceFamily(
     # Older transformers 5 also pass cache_position on.
     token_dims={"hidden_states": (1,), "attention_mask": (-2, -1), "position_ids": (1,), "cache_position": (0,)},
     width_axes=(("embed",), ("heads",), ("ffn",)),
+    attributes={"attn.num_heads": "heads", "attn.split_size": "heads*head_dim"},
     axes=_axes,
     attention=lambda config, index: Attention(heads=("heads",), head_dim="head_dim", causal=True),
     resize=_resize,

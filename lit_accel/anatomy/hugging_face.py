@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lit_accel.anatomy.base import Anatomy, AnatomyError, Attention, Block, Residual, Size
 from lit_accel.anatomy.build import build_without_init
+from lit_accel.anatomy.hugging_face_attention import attend_with
 from lit_accel.anatomy.layouts import Entry, read_layouts, tied_groups
 
 
@@ -35,6 +36,7 @@ class HuggingFaceFamily:
         attention: The attention of the block of an index, from the config.
         resize: Writes a size into a (copied) config.
         numbering: See :class:`~lit_accel.anatomy.base.Block`.
+        attributes: See there.
     """
 
     name: str
@@ -54,6 +56,7 @@ class HuggingFaceFamily:
     resize: Callable[[Any, Size], None]
     # Blocks get rotary tables ready-made; what else numbers tokens is for kernels that look for packed sequences.
     numbering: frozenset[str] = frozenset({"position_ids", "cache_position"})
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self, model: nn.Module) -> Anatomy:
         """Return the anatomy of a model of this family.
@@ -76,6 +79,7 @@ class HuggingFaceFamily:
                 token_dims=self.token_dims,
                 branch_outputs=self.branch_outputs,
                 numbering=self.numbering & self.token_dims.keys(),
+                attributes=self.attributes,
             )
             for index in range(num_blocks)
         )
@@ -110,6 +114,7 @@ class HuggingFaceFamily:
             width_axes=self.width_axes,
             build=self._build,
             input_shape=_input_shape,
+            attend=attend_with if all(block.attention.causal for block in blocks) else None,
         )
 
     def _layout_text(self, name: str, prefix: str, container: str) -> tuple[str | None, int | None]:

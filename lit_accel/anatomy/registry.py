@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 
 from torch import nn
@@ -13,6 +14,7 @@ Describe = Callable[[nn.Module], Anatomy]
 # Classes are registered by their qualified name, so that no model library is imported before it is used.
 _DESCRIBE: dict[str, Describe] = {}
 _FAMILIES: dict[str, list[str]] = {}
+_FIXED: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
 
 
 def _qualified_name(cls: type) -> str:
@@ -71,6 +73,19 @@ def _unknown(what: str) -> AnatomyError:
     )
 
 
+def describe_as(model: nn.Module, anatomy: Anatomy | None) -> None:
+    """Fix what :func:`anatomy_of` says of one model, as long as it lives; for one that is held in another form.
+
+    Args:
+        model: The model.
+        anatomy: Its anatomy; ``None`` to look again.
+    """
+    if anatomy is None:
+        _FIXED.pop(model, None)
+    else:
+        _FIXED[model] = anatomy
+
+
 def anatomy_of(model: nn.Module) -> Anatomy:
     """Describe a model: its blocks, the axes of its parameters, and how to build it at another size.
 
@@ -83,6 +98,8 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     Raises:
         AnatomyError: If the class is unknown, or a parameter has no declared layout.
     """
+    if model in _FIXED:
+        return _FIXED[model]
     describe = _describe_function(model)
     if describe is None:
         raise _unknown(f"No anatomy is registered for {_qualified_name(type(model))}.")

@@ -65,6 +65,8 @@ def describe(model: Any) -> Anatomy:
                 branch_outputs=_BRANCH_OUTPUTS,
                 place=f"stage_{index}",
                 windows=_WINDOWS,
+                ffn=f"ffn_{index}",
+                indivisible={f"heads_{index}": "this class takes as many features from its heads as it has channels"},
             )
             for number in range(len(stage.blocks))
         ]

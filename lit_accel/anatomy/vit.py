@@ -114,6 +114,12 @@ def describe(model: Any) -> Anatomy:
             attention=Attention(heads=("heads",), head_dim="head_dim", causal=False),
             token_dims={"x": (1,), "attn_mask": (-2, -1)},
             branch_outputs=frozenset(outputs),
+            attributes={"attn.num_heads": "heads", "attn.attn_dim": "heads*head_dim"},
+            indivisible={
+                axis: "its activations are normalised together"
+                for axis, norm in (("heads", first.attn.norm), ("ffn", getattr(first.mlp, "norm", None)))
+                if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity)
+            },
         )
         for index in range(len(model.blocks))
     )

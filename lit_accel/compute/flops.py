@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lit_accel.anatomy import Anatomy, Attention
+from lit_accel.compute.active import Active
 
 CountedPairs = Literal["exact", "full"]
 """Which pairs of tokens attention is charged for: those that the mask allows, or the full square."""
@@ -33,10 +34,12 @@ class Flops:
     Args:
         blocks: FLOPs of each residual block, in order.
         outside_blocks: FLOPs of the projections of embeddings, poolers and heads.
+        head: Those among them of the model's head, its projection to the vocabulary or the classes.
     """
 
     blocks: tuple[int, ...]
     outside_blocks: int
+    head: int = 0
 
     @property
     def total(self) -> int:
@@ -93,6 +96,7 @@ def forward_flops(
     *,
     attention: CountedPairs = "exact",
     kept: Mapping[int, int] | None = None,
+    active: Active | None = None,
 ) -> Flops:
     """Count the FLOPs of a forward pass.
 
@@ -102,45 +106,94 @@ def forward_flops(
         num_tokens: Tokens of each sequence, padding included: the model computes on it like on any other token.
         attention: See :func:`attention_pairs`.
         kept: How many tokens of a sequence a block runs on, by its index; blocks that are not named run on all.
+        active: What of the model takes part; default: all of it.
 
     Returns:
         The FLOPs of each block and of what is outside of the blocks.
     """
-    return _count(anatomy, num_sequences, num_tokens, attention, kept or {})[0]
+    return _count(anatomy, num_sequences, num_tokens, attention, kept or {}, active or Active())[0]
+
+
+def head_matrices(anatomy: Anatomy) -> list[str]:
+    """Return the matrices of a model's head, which make logits: tables that are tied to it, and those that are not.
+
+    Args:
+        anatomy: The model.
+    """
+    heads = [
+        name
+        for name, layout in anatomy.parameters.items()
+        if layout.block is None and layout.is_matrix and {"vocab", "classes"} & layout.dims[0].names
+    ]
+    return [*anatomy.tied_heads, *heads]
 
 
 def _count(
-    anatomy: Anatomy, num_sequences: int, num_tokens: int, counted: CountedPairs, kept: Mapping[int, int]
-) -> tuple[Flops, Flops]:
-    """Return the forward FLOPs, and those among them of matrices whose input needs no gradient."""
+    anatomy: Anatomy,
+    num_sequences: int,
+    num_tokens: int,
+    counted: CountedPairs,
+    kept: Mapping[int, int],
+    active: Active,
+) -> tuple[Flops, Flops, Flops]:
+    """Return the forward FLOPs; among them those of matrices whose input needs no gradient; what entries that are off
+    would cost.
+    """
     axes = anatomy.size.axes
     rows = {place: count(num_sequences, num_tokens) for place, count in anatomy.places.items()}
     token_places = [{block.place, block.attention.place} for block in anatomy.blocks]
-    blocks, data_blocks = [0] * len(anatomy.blocks), [0] * len(anatomy.blocks)
-    outside, data_outside = 0, 0
-    for name in anatomy.tied_heads:
-        outside += 2 * rows["token"] * anatomy.parameters[name].numel(axes)
-    for layout in anatomy.parameters.values():
-        if not layout.is_matrix:
+    spent, of_data, absent = (_Counter(len(anatomy.blocks)) for _ in range(3))
+    heads = set(head_matrices(anatomy))
+    for name, layout in anatomy.parameters.items():
+        if not (layout.is_matrix or name in anatomy.tied_heads):
             continue
         num_rows = rows[layout.place]
         if layout.block is not None and layout.block in kept and layout.place in token_places[layout.block]:
             num_rows = num_sequences * kept[layout.block]
-        flops = 2 * num_rows * layout.numel(axes)
-        of_data = flops if layout.reads_data else 0
-        if layout.block is None:
-            outside += flops
-            data_outside += of_data
-        else:
-            blocks[layout.block] += flops
-            data_blocks[layout.block] += of_data
+        numel = layout.numel(axes)
+        num_active = active.entries.get(name, numel)
+        spent.add(layout.block, 2 * num_rows * num_active, name in heads)
+        absent.add(layout.block, 2 * num_rows * (numel - num_active), name in heads)
+        if layout.reads_data:
+            of_data.add(layout.block, 2 * num_rows * num_active)
     for index, block in enumerate(anatomy.blocks):
         width = math.prod(axes[axis] for axis in block.attention.heads) * axes[block.attention.head_dim]
+        width = active.widths.get(index, width)
         num_attending = anatomy.places[block.attention.place](1, num_tokens)
-        pairs = kept_pairs(block.attention, num_attending, kept.get(index, num_attending), counted)
+        num_kept = kept.get(index, num_attending)
+        pairs = (
+            kept_pairs(block.attention, num_attending, num_kept, counted)
+            if active.pairs is None
+            # What is kept of a sequence is a sequence, on which the pattern is laid anew.
+            else active.pairs(num_kept)
+        )
         # Scores and values: two products of the same size.
-        blocks[index] += 2 * 2 * num_sequences * width * pairs
-    return Flops(tuple(blocks), outside), Flops(tuple(data_blocks), data_outside)
+        spent.add(index, 2 * 2 * num_sequences * width * pairs)
+    return spent.flops, of_data.flops, absent.flops
+
+
+class _Counter:
+    """Adds FLOPs up where they are spent.
+
+    Args:
+        num_blocks: Number of blocks.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._blocks, self._outside, self._head = [0] * num_blocks, 0, 0
+
+    def add(self, block: int | None, flops: int, is_head: bool = False) -> None:
+        """Add what a block, or something outside of the blocks, spends."""
+        if block is None:
+            self._outside += flops
+            self._head += flops if is_head else 0
+        else:
+            self._blocks[block] += flops
+
+    @property
+    def flops(self) -> Flops:
+        """The sums."""
+        return Flops(tuple(self._blocks), self._outside, self._head)
 
 
 def training_flops(
@@ -151,6 +204,7 @@ def training_flops(
     attention: CountedPairs = "exact",
     activation_checkpointing: bool = False,
     kept: Mapping[int, int] | None = None,
+    active: Active | None = None,
 ) -> Flops:
     """Count the FLOPs of a forward and a backward pass, every parameter being trained.
 
@@ -161,13 +215,56 @@ def training_flops(
         attention: See :func:`attention_pairs`.
         activation_checkpointing: Whether the blocks compute their forward pass once more in the backward pass.
         kept: See :func:`forward_flops`.
+        active: See there.
 
     Returns:
         The FLOPs of each block and of what is outside of the blocks.
     """
-    forward, of_data = _count(anatomy, num_sequences, num_tokens, attention, kept or {})
+    active = active or Active()
+    forward, of_data, absent = _count(anatomy, num_sequences, num_tokens, attention, kept or {}, active)
     block_passes = 4 if activation_checkpointing else 3
+    gradients = 1 if active.has_dense_gradients else 0
     return Flops(
-        tuple(block_passes * all_ - data for all_, data in zip(forward.blocks, of_data.blocks, strict=True)),
-        3 * forward.outside_blocks - of_data.outside_blocks,
+        tuple(
+            block_passes * all_ - data + gradients * off
+            for all_, data, off in zip(forward.blocks, of_data.blocks, absent.blocks, strict=True)
+        ),
+        3 * forward.outside_blocks - of_data.outside_blocks + gradients * absent.outside_blocks,
+        3 * forward.head + gradients * absent.head,
     )
+
+
+@dataclass(frozen=True)
+class HeadAccountings:
+    """What a step costs by three ways to count the model's head, whose masking a saving may depend on.
+
+    Args:
+        masked: The head is as sparse as the blocks are, as in the published code of mixed sparsity training.
+        dense: It is whole.
+        excluded: It is not counted at all.
+    """
+
+    masked: int
+    dense: int
+    excluded: int
+
+
+def head_accountings(anatomy: Anatomy, flops: Flops, whole: Flops, active: Active | None) -> HeadAccountings:
+    """Count a step in three ways.
+
+    Args:
+        anatomy: The model.
+        flops: What the step cost.
+        whole: What it would have cost with the whole model.
+        active: What of the model took part; default: all of it.
+    """
+    body = flops.total - flops.head
+    entries = {} if active is None else active.entries
+    if any(name in entries for name in head_matrices(anatomy)):
+        masked_head = flops.head
+    else:
+        axes = anatomy.size.axes
+        sizes = {n: p.numel(axes) for n, p in anatomy.parameters.items() if p.block is not None and p.is_matrix}
+        num_active = sum(entries.get(name, size) for name, size in sizes.items())
+        masked_head = whole.head * num_active // sum(sizes.values())
+    return HeadAccountings(masked=body + masked_head, dense=body + whole.head, excluded=body)

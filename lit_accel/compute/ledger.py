@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from rich.console import Console
 from torch import is_grad_enabled, nn
 
 from lit_accel.anatomy import Anatomy, anatomy_of, find_transformer, uses_activation_checkpointing
-from lit_accel.compute.flops import Flops, forward_flops, training_flops
+from lit_accel.compute.active import Active, active_of
+from lit_accel.compute.flops import Flops, forward_flops, head_accountings, training_flops
 from lit_accel.compute.observer import TransformerObserver
-from lit_accel.compute.phases import Phases, saved_share
+from lit_accel.compute.phases import Amounts, Phases, saved_share
 from lit_accel.compute.stopwatch import Stopwatch, synchronize
 from lit_accel.compute.summary import phase_table
 from lit_accel.compute.table import FILE_NAME, TableWriter, read_rows
@@ -34,9 +36,10 @@ class ComputeLedger(Callback):
     a single bit. Every forward call that the transformer makes within a training batch is counted
     in closed form (see :mod:`lit_accel.compute.flops`) from the shape of its input, with its backward pass;
     without gradients, the forward pass alone. A block that a method skips is not charged, one that runs on some of its
-    tokens is charged for those, and what a method spends on measuring the model is charged, too. Validation is not
-    counted; frozen parameters are counted like trained ones. If the model is resized in mid-training, a new *phase*
-    begins.
+    tokens is charged for those; of matrices whose units are off in part, what is on is charged, whether or not the
+    machine computes the rest; and what a method spends on measuring the model is charged, too. Validation is not
+    counted; frozen parameters are counted like trained ones. If the model is resized in mid-training, or the number
+    of its units that are on changes, a new *phase* begins.
 
     - *Dense-equivalent* FLOPs are what the full-size model would have paid on the same batches. The full size
       is the one that the module has at ``setup``, before any checkpoint is loaded.
@@ -48,9 +51,13 @@ class ComputeLedger(Callback):
     ``compute/dense_flops``, ``compute/tokens``, ``compute/seconds`` (all cumulative), ``compute/saved_share``
     (1 - flops / dense_flops) and ``compute/step_flops`` (mean over the steps since the last time).
 
+    Where units are off, ``compute/saved_share_head_masked`` and ``compute/saved_share_head_excluded`` say the same with
+    the model's head counted as sparse as its blocks, and without it: what a saving is depends on that.
+
     Written to ``compute_ledger.csv`` at the same steps, after each validation (with the monitored metrics), where a
-    phase ends and at the end: step, phase, num_parameters, tokens, flops, dense_flops, seconds and a column for each
-    metric. On resume the rows after the resumed step are dropped and the table goes on, also from another run's folder.
+    phase ends and at the end: step, phase, num_parameters, tokens, flops, dense_flops, seconds, FLOPs by three ways to
+    count the head, and a column for each metric. On resume the rows after the resumed step are dropped and the table
+    goes on, also from another run's folder.
 
     Sets ``flops_per_batch`` on the module, which Lightning's ``ThroughputMonitor`` reads: this rank's FLOPs of the
     present batch. A module that has an attribute of this name keeps its own.
@@ -80,9 +87,10 @@ class ComputeLedger(Callback):
         self._observer: TransformerObserver | None = None
         self._table: TableWriter | None = None
         self._table_path: Path | None = None
-        self._costs: dict[tuple[Any, ...], tuple[Flops, int]] = {}
+        self._costs: dict[tuple[Any, ...], tuple[Flops, Amounts]] = {}
         self._costs_in_part: dict[tuple[Any, ...], Flops] = {}
-        # What the present call costs whole, and with each block on so many tokens of a sequence.
+        self._active: Active | None = None
+        # What the present call costs on all tokens, and with each block on so many tokens of a sequence.
         self._present: tuple[Flops, Callable[[int], Flops]] | None = None
         self._step = 0
         self._logged: tuple[int, int] = (0, 0)
@@ -232,29 +240,36 @@ class ComputeLedger(Callback):
         if not (self._in_batch or self._observer.is_probing):
             return
         self._was_called = True
-        if self._phases.ends_with(anatomy):
+        active = active_of(transformer)
+        if active != self._active:
+            # Units differ in number from one stage to the next; costs of earlier ones will not be asked for again.
+            self._active, self._costs, self._costs_in_part = active, {}, {}
+        if self._phases.ends_with(anatomy, active):
             self._end_phase()
-        self._phases.enter(anatomy)
-        flops, dense_flops = self._cost(anatomy, transformer, num_sequences, num_tokens)
+        self._phases.enter(anatomy, active)
+        flops, amounts = self._cost(anatomy, transformer, num_sequences, num_tokens)
         in_part = partial(self._cost_in_part, anatomy, transformer, num_sequences, num_tokens, is_grad_enabled())
         self._present = flops, in_part
         if self._observer.is_probing:
             # Overhead: no tokens were trained on, and the full model without the method would not have paid it.
-            num_sequences = dense_flops = 0
-        self._count(num_sequences * num_tokens, flops.total, dense_flops)
+            amounts = replace(amounts, tokens=0, dense_flops=0, dense_head_excluded_flops=0)
+        self._count(amounts)
 
     def _on_part(self, index: int, num_kept: int) -> None:
         if self._present is not None:
             whole, in_part = self._present
-            self._count(0, (in_part(num_kept).blocks[index] if num_kept else 0) - whole.blocks[index], 0)
+            flops = (in_part(num_kept).blocks[index] if num_kept else 0) - whole.blocks[index]
+            self._count(
+                Amounts(flops=flops, head_masked_flops=flops, head_dense_flops=flops, head_excluded_flops=flops)
+            )
 
     def _on_end(self) -> None:
         self._present = None
 
-    def _count(self, tokens: int, flops: int, dense_flops: int) -> None:
-        self._phases.count(tokens, flops, dense_flops)
+    def _count(self, amounts: Amounts) -> None:
+        self._phases.count(amounts)
         # Here and not at the batch's end: there the monitor may come before us.
-        self._set_batch_flops(self._batch_flops + flops)
+        self._set_batch_flops(self._batch_flops + amounts.flops)
 
     def _end_phase(self) -> None:
         """Write the row that a phase ends with: what it cost must not depend on when rows are due."""
@@ -264,18 +279,34 @@ class ComputeLedger(Callback):
         if self._table is not None and self._table.last_step != self._step:
             self._write_row()
 
-    def _cost(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> tuple[Flops, int]:
+    def _cost(
+        self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int
+    ) -> tuple[Flops, Amounts]:
         backward, recompute = is_grad_enabled(), transformer.training and uses_activation_checkpointing(transformer)
         key = (len(self._phases.list), num_sequences, num_tokens, backward, recompute)
         if key not in self._costs:
-            shape = (num_sequences, num_tokens)
-            flops, dense_flops = (
-                training_flops(model, *shape, activation_checkpointing=recompute)
-                if backward
-                else forward_flops(model, *shape)
-                for model in (anatomy, self._dense)
+
+            def cost(model: Anatomy, active: Active | None) -> Flops:
+                if backward:
+                    return training_flops(
+                        model, num_sequences, num_tokens, activation_checkpointing=recompute, active=active
+                    )
+                return forward_flops(model, num_sequences, num_tokens, active=active)
+
+            flops, dense = cost(anatomy, self._active), cost(self._dense, None)
+            by_head = head_accountings(anatomy, flops, cost(anatomy, None), self._active)
+            self._costs[key] = (
+                flops,
+                Amounts(
+                    tokens=num_sequences * num_tokens,
+                    flops=flops.total,
+                    dense_flops=dense.total,
+                    head_masked_flops=by_head.masked,
+                    head_dense_flops=by_head.dense,
+                    head_excluded_flops=by_head.excluded,
+                    dense_head_excluded_flops=dense.total - dense.head,
+                ),
             )
-            self._costs[key] = flops, dense_flops.total
         return self._costs[key]
 
     def _cost_in_part(
@@ -297,9 +328,16 @@ class ComputeLedger(Callback):
         if key not in self._costs_in_part:
             kept = dict.fromkeys(range(len(anatomy.blocks)), num_kept)
             self._costs_in_part[key] = (
-                training_flops(anatomy, num_sequences, num_tokens, activation_checkpointing=recompute, kept=kept)
+                training_flops(
+                    anatomy,
+                    num_sequences,
+                    num_tokens,
+                    activation_checkpointing=recompute,
+                    kept=kept,
+                    active=self._active,
+                )
                 if backward
-                else forward_flops(anatomy, num_sequences, num_tokens, kept=kept)
+                else forward_flops(anatomy, num_sequences, num_tokens, kept=kept, active=self._active)
             )
         return self._costs_in_part[key]
 
@@ -322,12 +360,21 @@ class ComputeLedger(Callback):
             "compute/tokens": total.tokens,
             "compute/step_flops": (total.flops - logged_flops) / (self._step - logged_step),
         }
+        if self._is_sparse:
+            metrics["compute/saved_share_head_masked"] = saved_share(total.head_masked_flops, total.dense_flops)
+            metrics["compute/saved_share_head_excluded"] = saved_share(
+                total.head_excluded_flops, total.dense_head_excluded_flops
+            )
         # Not self.log: it would round to float32. The step is the one that self.log uses.
         for logger in trainer.loggers:
             logger.log_metrics(
                 {name: float(value) for name, value in metrics.items()},
                 step=trainer.fit_loop.epoch_loop._batches_that_stepped,
             )
+
+    @property
+    def _is_sparse(self) -> bool:
+        return any("stage" in phase.size for phase in self._phases.list)
 
     def _open_table(self, trainer: L.Trainer) -> None:
         # log_dir is a collective: every rank asks for it.
@@ -361,6 +408,10 @@ class ComputeLedger(Callback):
                 "tokens": total.tokens,
                 "flops": total.flops,
                 "dense_flops": total.dense_flops,
+                "head_masked_flops": total.head_masked_flops,
+                "head_dense_flops": total.head_dense_flops,
+                "head_excluded_flops": total.head_excluded_flops,
+                "dense_head_excluded_flops": total.dense_head_excluded_flops,
                 "seconds": f"{total.seconds:.6f}",
                 **(metrics or {}),
             }

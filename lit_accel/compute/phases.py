@@ -1,47 +1,73 @@
-"""Exact counters of a run, by phase: a phase is a stretch of training at one size of the model."""
+"""Exact counters of a run, by phase: a stretch of training at one size of the model, or at one of its sparsities."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import Strategy
 
 from lit_accel.anatomy import Anatomy
+from lit_accel.compute.active import Active
 
 _LOW_BITS = 31
 
 
 @dataclass
-class Phase:
-    """What was done and spent at one size of the model, by all ranks together.
+class Amounts:
+    """What can be counted, each without an upper limit.
 
     Args:
-        size: The size, as :meth:`lit_accel.anatomy.Size.to_state` writes it.
-        num_parameters: Parameters of the transformer, tied ones once.
-        steps: Optimizer steps.
         tokens: Tokens that went through the transformer in training, padding included.
         flops: FLOPs of forward and backward.
         dense_flops: FLOPs that the full-size model would have spent on the same batches.
-        seconds: Wall time, without validation.
+        head_masked_flops: FLOPs, were the model's head as sparse as its blocks.
+        head_dense_flops: FLOPs, were its head whole.
+        head_excluded_flops: FLOPs without those of its head.
+        dense_head_excluded_flops: The full-size model's without those of its head.
     """
 
-    size: dict[str, Any]
-    num_parameters: int
-    steps: int = 0
     tokens: int = 0
     flops: int = 0
     dense_flops: int = 0
+    head_masked_flops: int = 0
+    head_dense_flops: int = 0
+    head_excluded_flops: int = 0
+    dense_head_excluded_flops: int = 0
+
+    def add(self, other: Amounts) -> None:
+        """Add other amounts to these."""
+        for name in AMOUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+AMOUNTS = tuple(entry.name for entry in fields(Amounts))
+
+
+@dataclass
+class Phase(Amounts):
+    """What was done and spent at one size of the model, by all ranks together.
+
+    Args:
+        size: The size, as :meth:`lit_accel.anatomy.Size.to_state` writes it; with a ``stage`` where units are off.
+        num_parameters: Parameters of the transformer that take part, tied ones once.
+        steps: Optimizer steps.
+        seconds: Wall time, without validation.
+        uncollected: What this rank has counted and :meth:`Phases.collect` has not summed over the ranks yet.
+    """
+
+    size: dict[str, Any] = field(default_factory=dict)
+    num_parameters: int = 0
+    steps: int = 0
     seconds: float = 0.0
-    uncollected: list[int] = field(default_factory=lambda: [0, 0, 0])
-    """Tokens, FLOPs and dense FLOPs of this rank that :meth:`Phases.collect` has not summed over the ranks yet."""
+    uncollected: Amounts = field(default_factory=Amounts)
 
     @property
     def is_used(self) -> bool:
         """Whether anything was done in it."""
-        return bool(self.steps or self.tokens or self.uncollected[0])
+        return bool(self.steps or self.tokens or self.uncollected.tokens)
 
 
 class Phases:
@@ -50,44 +76,39 @@ class Phases:
     def __init__(self) -> None:
         self.list: list[Phase] = []
 
-    def ends_with(self, anatomy: Anatomy) -> bool:
-        """Whether the present phase is over: it was used, and the model has another size now."""
-        return bool(self.list) and self.list[-1].is_used and self.list[-1].size != anatomy.size.to_state()
+    def ends_with(self, anatomy: Anatomy, active: Active | None = None) -> bool:
+        """Whether the present phase is over: it was used, and the model has another size or sparsity now."""
+        return bool(self.list) and self.list[-1].is_used and self.list[-1].size != _key(anatomy, active)
 
-    def enter(self, anatomy: Anatomy) -> None:
+    def enter(self, anatomy: Anatomy, active: Active | None = None) -> None:
         """Open a phase for the model's size, unless the present phase has it or has not been used yet."""
-        size = anatomy.size.to_state()
+        size = _key(anatomy, active)
+        num_parameters = anatomy.num_parameters if active is None else active.num_parameters
         if self.list and not self.list[-1].is_used:
-            self.list[-1].size, self.list[-1].num_parameters = size, anatomy.num_parameters
+            self.list[-1].size, self.list[-1].num_parameters = size, num_parameters
         elif not self.list or self.list[-1].size != size:
-            self.list.append(Phase(size, anatomy.num_parameters))
+            self.list.append(Phase(size=size, num_parameters=num_parameters))
 
-    def count(self, tokens: int, flops: int, dense_flops: int) -> None:
+    def count(self, amounts: Amounts) -> None:
         """Add what this rank has just done to the present phase."""
-        mine = self.list[-1].uncollected
-        for index, amount in enumerate((tokens, flops, dense_flops)):
-            mine[index] += amount
+        self.list[-1].uncollected.add(amounts)
 
     def collect(self, strategy: Strategy, world_size: int) -> None:
         """Sum over the ranks what they have counted since the last call. A collective: every rank must call it."""
-        counts = [amount for phase in self.list for amount in phase.uncollected]
+        counts = [getattr(phase.uncollected, name) for phase in self.list for name in AMOUNTS]
         summed = iter(sum_over_ranks(counts, strategy, world_size))
         for phase in self.list:
-            phase.tokens += next(summed)
-            phase.flops += next(summed)
-            phase.dense_flops += next(summed)
-            phase.uncollected = [0, 0, 0]
+            phase.add(Amounts(**{name: next(summed) for name in AMOUNTS}))
+            phase.uncollected = Amounts()
 
     @property
     def total(self) -> Phase:
         """All phases together, at the size of the present one."""
         present = self.list[-1]
-        total = Phase(present.size, present.num_parameters)
+        total = Phase(size=present.size, num_parameters=present.num_parameters)
         for phase in self.list:
+            total.add(phase)
             total.steps += phase.steps
-            total.tokens += phase.tokens
-            total.flops += phase.flops
-            total.dense_flops += phase.dense_flops
             total.seconds += phase.seconds
         return total
 
@@ -101,6 +122,11 @@ class Phases:
     def load_state(self, states: Sequence[dict[str, Any]]) -> None:
         """Take over what :meth:`to_state` wrote."""
         self.list = [Phase(**state) for state in states]
+
+
+def _key(anatomy: Anatomy, active: Active | None) -> dict[str, Any]:
+    size = anatomy.size.to_state()
+    return size if active is None else {**size, "stage": active.stage}
 
 
 def saved_share(flops: float, dense_flops: float) -> float:

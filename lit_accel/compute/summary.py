@@ -55,9 +55,17 @@ def phase_table(phases: Sequence[Phase], total: Phase) -> Table:
         add(str(index), with_prefix(phase.num_parameters), phase)
     table.add_section()
     add("total", "", total, style="bold")
-    table.caption = Text(
+    notes = (
         "FLOPs: forward and backward, 2 a multiply-add. dense: those of the full-size model on the same batches. "
-        "time: without validation.",
-        justify="left",
+        "time: without validation."
     )
+    if any("stage" in phase.size for phase in phases):
+        masked = saved_share(total.head_masked_flops, total.dense_flops)
+        excluded = saved_share(total.head_excluded_flops, total.dense_head_excluded_flops)
+        dense = saved_share(total.head_dense_flops, total.dense_flops)
+        notes += (
+            f" Saved with the model's head counted dense: {dense:.1%}, as sparse as the blocks: {masked:.1%}, not at "
+            f"all: {excluded:.1%}."
+        )
+    table.caption = Text(notes, justify="left")
     return table

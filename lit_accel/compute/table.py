@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ FILE_NAME = "compute_ledger.csv"
 _INTEGERS = ("step", "phase", "num_parameters", "tokens")
 _FLOATS = ("flops", "dense_flops", "seconds")
 COLUMNS = (*_INTEGERS, *_FLOATS)
+# Ledgers of earlier versions do not have them.
+_BY_HEAD = ("head_masked_flops", "head_dense_flops", "head_excluded_flops", "dense_head_excluded_flops")
 
 
 class TableWriter:
@@ -27,7 +29,7 @@ class TableWriter:
 
     def __init__(self, path: Path, metrics: Sequence[str], rows: Sequence[Mapping[str, Any]] = ()) -> None:
         self.path = path
-        self.columns = [*COLUMNS, *metrics]
+        self.columns = [*COLUMNS, *_BY_HEAD, *metrics]
         self.last_step = int(rows[-1]["step"]) if rows else None
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
@@ -70,6 +72,8 @@ class Ledger:
         dense_flops: FLOPs of the full-size model on the same batches, as float64.
         seconds: Seconds of training, without validation.
         metrics: Values by metric, NaN in rows where it was not measured.
+        by_head: FLOPs by ways to count the model's head: ``head_masked_flops``, ``head_dense_flops``,
+            ``head_excluded_flops``, and the full-size model's ``dense_head_excluded_flops``.
     """
 
     step: np.ndarray
@@ -80,6 +84,7 @@ class Ledger:
     dense_flops: np.ndarray
     seconds: np.ndarray
     metrics: dict[str, np.ndarray]
+    by_head: dict[str, np.ndarray] = field(default_factory=dict)
 
     def measured(self, metric: str) -> np.ndarray:
         """Return the indices of the rows in which a metric was measured.
@@ -114,12 +119,13 @@ def read_ledger(path: str | Path) -> Ledger:
         rows = [row for row in reader if row.get("seconds")]
     if missing := [column for column in COLUMNS if column not in columns]:
         raise ValueError(f"{path} is no compute ledger: it has no column {', '.join(missing)}.")
+
+    def column(name: str) -> np.ndarray:
+        return np.array([float(row[name] or "nan") for row in rows], dtype=np.float64)
+
     return Ledger(
         **{name: np.array([int(row[name]) for row in rows], dtype=np.int64) for name in _INTEGERS},
         **{name: np.array([float(row[name]) for row in rows], dtype=np.float64) for name in _FLOATS},
-        metrics={
-            name: np.array([float(row[name] or "nan") for row in rows], dtype=np.float64)
-            for name in columns
-            if name not in COLUMNS
-        },
+        metrics={name: column(name) for name in columns if name not in (*COLUMNS, *_BY_HEAD)},
+        by_head={name: column(name) for name in _BY_HEAD if name in columns},
     )

@@ -238,6 +238,12 @@ class MultiLevelTraining(L.Callback):
         self.schedule = resolve_phases(self.phases, num_levels, int(num_steps))
         check_end(trainer, self.schedule[-1].level)
 
+    @property
+    def resize_steps(self) -> tuple[int, ...]:
+        """The optimizer steps before which the model changes its size; known once the length of the run is."""
+        levels = [self.start_level, *(phase.level for phase in self.schedule)]
+        return tuple(phase.start for before, phase in zip(levels, self.schedule, strict=False) if phase.level != before)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check what exists only now: the optimizers and their schedulers, and data that the module has made."""
         if not self.schedule:

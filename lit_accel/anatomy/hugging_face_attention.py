@@ -1,0 +1,57 @@
+"""Another attention kernel for Hugging Face models, through the registry that transformers has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_accel.anatomy.base import AttentionKernel
+
+
+def attend_with(model: nn.Module, kernel: AttentionKernel) -> Callable[[], None]:
+    """Have a Hugging Face model attend with another kernel.
+
+    Args:
+        model: The model.
+        kernel: The kernel.
+
+    Returns:
+        What gives the model its own attention back.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        out = kernel(query, key, value, attention_mask, scale=scaling, dropout=dropout, training=bool(module.training))
+        return out.transpose(1, 2).contiguous(), None
+
+    name = f"lit_accel_{kernel.name}"
+    AttentionInterface.register(name, attend)
+    # The masks of torch's own kernel: none at all where attention is causal and nothing is padded.
+    AttentionMaskInterface.register(name, sdpa_mask)
+    configs = {id(config): config for module in model.modules() if (config := _config_of(module)) is not None}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    for config in configs.values():
+        config._attn_implementation = name
+
+    def undo() -> None:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+
+    return undo
+
+
+def _config_of(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "_attn_implementation") else None

@@ -1,0 +1,486 @@
+"""Mixed sparsity training as a Lightning callback."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_accel.anatomy import Anatomy, TransformerFollower, anatomy_of, find_transformer, uses_activation_checkpointing
+from lit_accel.compute.active import set_active
+from lit_accel.draws import generator
+from lit_accel.methods.mixed_sparsity.attention import AttentionPattern, PatternName
+from lit_accel.methods.mixed_sparsity.distribution import Distribution
+from lit_accel.methods.mixed_sparsity.presets import DEFAULTS, PRESETS, PresetName
+from lit_accel.methods.mixed_sparsity.refusals import (
+    check_choices,
+    check_graphs,
+    check_model,
+    check_numbers,
+    check_optimizers,
+    check_pattern,
+    check_resizes,
+    check_trainer,
+    check_units,
+)
+from lit_accel.methods.mixed_sparsity.schedule import DEFAULT_STAGES, SparsitySchedule
+from lit_accel.methods.mixed_sparsity.sparse_model import Execution, SparseModel
+from lit_accel.methods.mixed_sparsity.targets import Targets
+from lit_accel.methods.mixed_sparsity.topology import Change, updated
+from lit_accel.methods.mixed_sparsity.units import UnitsError, spaces_of
+from lit_accel.methods.requirements import check_compilation, check_levels, check_rules, require_equal_on_ranks
+from lit_accel.resizing import ensure_built, full_size
+from lit_accel.schedules import num_steps_of
+
+_STATE_VERSION = 1
+_STREAM = 8  # of the draws, beside those of data and other methods
+
+
+class MixedSparsityTraining(L.Callback):
+    """Trains with most units of the model off: dense at first, then ever sparser, at last dense again (MST).
+
+    Mixed sparsity training (Hu et al., arXiv 2408.11746): dynamic sparse training whose sparsity rises in a warm-up,
+    stays at its highest in ultra-sparsification and falls in restoration, beside sparse attention for a part of the
+    run. Units that are off are chosen anew every ``update_every`` steps: those of least magnitude are dropped, others
+    are grown by gradient and at random. The run ends with an ordinary dense model.
+
+    By default units are neurons and heads, which are taken out of the model: its products become smaller, and a step
+    really is faster. Entries of matrices (``"element"``, what the paper masks) are the reference of quality: they save
+    FLOPs on paper and no second anywhere.
+
+    Deviations from the published code, whose schedule and results are not in it: every boundary is a setting; stages
+    start where they say and not at the next update; what is dropped does not come back at once; optimizer state of
+    dropped and grown units is zero; gradients are averaged over ranks before they are compared; random draws are the
+    same on all ranks; the step of an update is not skipped.
+
+    Checkpoints always hold the whole model and the whole optimizer state, in every phase. Exact on resume.
+
+    Logged every ``Trainer.log_every_n_steps`` steps: ``mixed_sparsity/sparsity`` (share of the switchable weights that
+    are off), ``mixed_sparsity/active_parameters``, ``mixed_sparsity/attention_pattern`` (whether attention follows it),
+    ``mixed_sparsity/evaluation_pattern`` (the same for evaluation) and ``mixed_sparsity/replaced_units`` (dropped and
+    grown so far).
+
+    Args:
+        stages: Pairs of a start and the sparsity from there on; a start in optimizer steps (int) or as a share of the
+            run (float). Default: :data:`~lit_accel.methods.mixed_sparsity.DEFAULT_STAGES`, up to 0.9 and back.
+        ffn_units: Of feed-forward networks: ``"neuron"``, ``"element"``, ``"block"`` (tiles, as many in each row of
+            tiles), ``"N:M"`` such as ``"2:4"`` (N of each M neighbours whenever the sparsity is not 0), or
+            ``"dense"``. Default: ``"neuron"``.
+        attention_units: Of attention's matrices: ``"head"`` (with grouped queries, a key-value head with its queries),
+            or as above. At least one head is on. Default: ``"head"``.
+        head_units: Of the model's head, and of the embeddings where these are tied: ``"element"`` or ``"dense"``.
+            Default: ``"dense"``.
+        update_every: Optimizer steps between updates of the topology.
+        drop_fraction: Share of the active units that the first update replaces; falls to 0 along a cosine until
+            restoration starts.
+        gradient_share: Share of the grown units that are chosen by gradient; the others are drawn.
+        distribution: Over layers: ``"uniform"``, ``"er"`` or ``"erk"``. Default: ``"uniform"``.
+        quantum: Numbers of active neurons are multiples of it, and at least it.
+        block_size: Side of a tile.
+        attention_pattern: ``"window"``, ``"strided"``, ``"fixed"`` or ``"union"`` (window or strided), of causal
+            models; ``None`` for dense attention throughout. Default: ``None``.
+        attention_window: Window, stride or chunk of the pattern, in tokens.
+        attention_phase: First step that follows the pattern, and the first one after.
+        evaluate_pattern: Whether evaluation follows the pattern too, in that phase.
+        execution: ``"compact"`` takes neurons, heads and tiles out of the model; ``"masked"`` leaves them in, for
+            comparison: as slow as dense.
+        preset: ``"paper_4x"``: entries of all matrices, the head's among them, by ``"er"``, and ``"union"``; what is
+            given besides holds.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: If an argument is none of the allowed values.
+
+    Example::
+
+        Trainer(max_steps=20_000, callbacks=[MixedSparsityTraining()])
+    """
+
+    def __init__(
+        self,
+        stages: list[tuple[int | float, float]] | None = None,
+        ffn_units: str | None = None,
+        attention_units: str | None = None,
+        head_units: str | None = None,
+        update_every: int = 100,
+        drop_fraction: float = 0.3,
+        gradient_share: float = 0.75,
+        distribution: Distribution | None = None,
+        quantum: int = 16,
+        block_size: int = 64,
+        attention_pattern: PatternName | None = None,
+        attention_window: int = 128,
+        attention_phase: tuple[int | float, int | float] = (0.06, 0.80),
+        evaluate_pattern: bool = True,
+        execution: Execution = "compact",
+        preset: PresetName | None = None,
+        seed: int = 0,
+    ) -> None:
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"preset is {preset!r}; there is {', '.join(map(repr, PRESETS))}, or None.")
+        chosen = {**DEFAULTS, **(PRESETS[preset] if preset is not None else {})}
+        given = DEFAULT_STAGES if stages is None else stages
+        self.stages: list[tuple[int | float, float]] = [tuple(stage) for stage in given]  # type: ignore[misc]
+        self.ffn_units: str = chosen["ffn_units"] if ffn_units is None else ffn_units
+        self.attention_units: str = chosen["attention_units"] if attention_units is None else attention_units
+        self.head_units: str = chosen["head_units"] if head_units is None else head_units
+        self.update_every = update_every
+        self.drop_fraction = drop_fraction
+        self.gradient_share = gradient_share
+        self.distribution: Distribution = chosen["distribution"] if distribution is None else distribution
+        self.quantum = quantum
+        self.block_size = block_size
+        self.attention_pattern: PatternName | None = (
+            chosen["attention_pattern"] if attention_pattern is None else attention_pattern
+        )
+        self.attention_window = attention_window
+        self.attention_phase = tuple(attention_phase)
+        self.evaluate_pattern = evaluate_pattern
+        self.execution: Execution = execution
+        self.seed = seed
+        check_units(self.ffn_units, self.attention_units, self.head_units)
+        counts = {"quantum": quantum, "block_size": block_size, "attention_window": attention_window}
+        check_numbers(self.stages, update_every, drop_fraction, gradient_share, counts)
+        check_choices(self.distribution, execution, self.attention_pattern, self.attention_phase)
+        self.targets: Targets | None = None
+        """The schedule on the model's units; known once the length of the run is."""
+        self._clear()
+
+    def _clear(self) -> None:
+        self._model: SparseModel | None = None
+        self._follower: TransformerFollower | None = None
+        self._masks: dict[str, Tensor] | None = None
+        self._last_event = -1
+        self._replaced = 0
+        self._loaded_rules: dict[str, Any] = {}
+        self._step = 0
+        self._changes: dict[str, Change] | None = None
+        self._has_new_shapes = False
+        self._undo_pattern: Callable[[], None] | None = None
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Which units are on, by the name of their space; each of shape (groups, units)."""
+        return {} if self._model is None else self._model.masks
+
+    @property
+    def digest(self) -> int:
+        """A number that stands for the masks: the same on all ranks, and in every repetition of a run."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, mask in self.masks.items():
+            digest.update(name.encode())
+            digest.update(mask.cpu().numpy().tobytes())
+        return int.from_bytes(digest.digest(), "little") >> 2
+
+    # Before training
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse whatever could not work, before anything is trained."""
+        if stage != "fit":
+            return
+        ensure_built(trainer, pl_module)
+        transformer = find_transformer(pl_module)[1]
+        if trainer.global_step == 0:
+            self._clear()
+        self.targets = None
+        anatomy = anatomy_of(transformer)
+        check_trainer(trainer, pl_module, self)
+        if self._ever_sparse:
+            check_compilation(pl_module, transformer, anatomy, type(self).__name__)
+        if self.attention_pattern is not None:
+            check_pattern(anatomy)
+        check_model(transformer, self._targets_of(anatomy))
+        check_levels(trainer, anatomy.at(full_size(pl_module)), lambda level: self._targets_of(level))
+        # A module that makes its data in its own setup has none yet.
+        if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
+            self._plan(trainer, pl_module)
+
+    @property
+    def _ever_sparse(self) -> bool:
+        return any(sparsity > 0 for _, sparsity in self.stages)
+
+    def _targets_of(self, anatomy: Anatomy, num_steps: int | None = None) -> Targets:
+        """Return the targets; without the length of the run the stages are in their places, but not their steps."""
+        units = (self.ffn_units, self.attention_units, self.head_units) if self._ever_sparse else ("dense",) * 3
+        try:
+            spaces = spaces_of(anatomy, *units, tile=self.block_size, quantum=self.quantum)
+            schedule = self._schedule_of(num_steps)
+        except (UnitsError, ValueError) as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
+        pattern = None
+        if self.attention_pattern is not None:
+            pattern = AttentionPattern(self.attention_pattern, self.attention_window, self.evaluate_pattern)
+        first, end = (num_steps_of(bound, num_steps or 0) for bound in self.attention_phase)
+        return Targets(
+            anatomy=anatomy,
+            spaces=spaces,
+            schedule=schedule,
+            distribution=self.distribution,
+            gradient_share=self.gradient_share,
+            is_compact=self.execution == "compact",
+            pattern=pattern,
+            pattern_steps=(first, end),
+        )
+
+    def _schedule_of(self, num_steps: int | None) -> SparsitySchedule:
+        if num_steps is None:
+            sparsities = tuple(sparsity for _, sparsity in self.stages)
+            return SparsitySchedule(tuple(range(len(sparsities))), sparsities, len(sparsities), self.update_every)
+        return SparsitySchedule.of(self.stages, num_steps, self.update_every, self.drop_fraction)
+
+    def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        num_steps = trainer.estimated_stepping_batches
+        if num_steps in (float("inf"), -1):
+            raise MisconfigurationException(
+                f"{type(self).__name__} must know how long the run is. Give the Trainer max_steps, or max_epochs with "
+                "a data loader of known length."
+            )
+        transformer = find_transformer(pl_module)[1]
+        self.targets = targets = self._targets_of(anatomy_of(transformer), int(num_steps))
+        check_graphs(transformer, targets)
+        last = targets.schedule.sparsity(max(int(num_steps) - 1, 0))
+        if last > 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"The last stage has the sparsity {last}: the run will end with units switched off, in a model that is "
+                "as large as a dense one. Let stages end with a sparsity of 0, some steps before the end."
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Plan for data that the module has made by now, and say what the run will cost."""
+        if self.targets is None:
+            self._plan(trainer, pl_module)
+        assert self.targets is not None
+        check_optimizers(trainer)
+        num_tokens = self.targets.anatomy.num_tokens or getattr(
+            getattr(trainer, "datamodule", None), "block_size", None
+        )
+        if num_tokens is None or not self._ever_sparse:
+            return
+        transformer = find_transformer(pl_module)[1]
+        shares = self.targets.shares(num_tokens, activation_checkpointing=uses_activation_checkpointing(transformer))
+        rank_zero_info(
+            f"{type(self).__name__} alone will cost {shares.dense:.1%} of the FLOPs of a dense run; "
+            f"{shares.masked:.1%} were the model's head as sparse as its blocks, {shares.excluded:.1%} without it."
+        )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up the masks of a checkpoint; warn if rules have changed since it was written."""
+        assert self.targets is not None
+        check_resizes(trainer, self.targets)
+        check_rules(trainer, self._rules(), self._loaded_rules, "mixed sparsity")
+        self._loaded_rules = {}
+        self._step = trainer.global_step
+        self._follower = TransformerFollower(pl_module, self._follow)
+
+    def _follow(self, transformer: nn.Module) -> None:
+        """Turn to a transformer: the first one, or, while all units are on, one of another size."""
+        assert self.targets is not None
+        anatomy = anatomy_of(transformer)
+        self._attend_densely()
+        if anatomy.size != self.targets.anatomy.size:
+            self.targets = self._targets_of(anatomy, self.targets.schedule.num_steps)
+        masks, self._masks = self._masks, None
+        expected = {name: (space.num_groups, space.num_units) for name, space in self.targets.spaces.items()}
+        if masks is not None and {name: tuple(mask.shape) for name, mask in masks.items()} != expected:
+            raise MisconfigurationException(
+                "The units of the checkpoint are others than those of this run: their kind or the size of the model "
+                "has changed. Resume with the settings that it was trained with."
+            )
+        self._model = SparseModel(transformer, anatomy, self.targets.spaces, self.execution, masks)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave a whole model behind; Lightning does not call ``teardown`` then."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave a whole model behind."""
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
+        self._attend_densely()
+        if self._model is not None:
+            self._model.expand()
+            set_active(self._model.transformer, None)
+            self._masks = self._model.masks
+            self._model = None
+
+    # During training
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Switch units that need no gradient to choose; put all back into the model where one is needed."""
+        if self._follower is None or self.targets is None:
+            return
+        self._follower.refresh()
+        assert self._model is not None
+        model, step = self._model, trainer.global_step
+        was_compact = model.compact_names
+        if not model.is_compact:
+            model.optimizers = list(trainer.optimizers)
+        before = {name: int(mask[0].sum()) for name, mask in model.masks.items()}
+        self._changes = None
+        # Where no state was loaded, a run may be in mid-schedule with all its units on.
+        if self._last_event != step and (self.targets.schedule.is_event(step) or before != self.targets.counts(step)):
+            changes = self.targets.changes(step, before)
+            model.expand()
+            if self.targets.needs_gradient(changes):
+                self._changes = changes
+            else:
+                self._change(trainer, changes, None)
+        if self._changes is None:
+            model.compact()
+        counts = {name: int(mask[0].sum()) for name, mask in model.masks.items()}
+        if self._ever_sparse or self.attention_pattern is not None:
+            set_active(model.transformer, self.targets.active(step, counts, self._changes is not None))
+        self._attend(step)
+        if was_compact != model.compact_names or self._has_new_shapes:
+            self._has_new_shapes = False
+            _wrap_anew(trainer)
+
+    def _change(self, trainer: L.Trainer, changes: dict[str, Change], gradients: dict[str, Tensor] | None) -> None:
+        """Make an update of the topology, with the whole model."""
+        model, step = self._model, trainer.global_step
+        assert model is not None
+        magnitudes = model.magnitudes()
+        masks = {}
+        for index, (name, change) in enumerate(changes.items()):
+            old = model.masks[name]
+            draws = generator(self.seed, step, index, _STREAM)
+            gradient = None if gradients is None else gradients[name]
+            masks[name] = updated(old, change, magnitudes[name], gradient, self.gradient_share, draws)
+            self._replaced += change.num_grown * len(old)
+        model.set_masks(masks)
+        self._last_event = step
+        require_equal_on_ranks(trainer, self.digest, "the units that are on")
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Choose units by the gradients of this step, and clear those of what is off."""
+        model = self._model
+        if model is None:
+            return
+        if self._changes is not None:
+            self._change(trainer, self._changes, model.gradients())
+            self._changes = None
+            # Now and not before the next batch: what is off must not see this optimizer step.
+            model.compact()
+            self._has_new_shapes = True
+        model.mask_gradients()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hold what is off where it was; where it is due, log."""
+        if self._model is None or self.targets is None:
+            return
+        previous, self._step = self._step, trainer.global_step
+        if self._step == previous:
+            return
+        self._model.hold_off()
+        interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval and self._step // interval > previous // interval:
+            self._log(trainer, previous)
+
+    def _attend(self, step: int) -> None:
+        assert self.targets is not None
+        assert self._model is not None
+        if not self.targets.attends_by_pattern(step):
+            self._attend_densely()
+        elif self._undo_pattern is None:
+            assert self.targets.pattern is not None
+            assert self.targets.anatomy.attend is not None
+            self._undo_pattern = self.targets.anatomy.attend(self._model.transformer, self.targets.pattern)
+
+    def _attend_densely(self) -> None:
+        if self._undo_pattern is not None:
+            self._undo_pattern()
+            self._undo_pattern = None
+
+    def _log(self, trainer: L.Trainer, step: int) -> None:
+        assert self.targets is not None
+        counts = {name: int(mask[0].sum()) for name, mask in self.masks.items()}
+        spaces = self.targets.spaces.values()
+        weights = sum(space.num_groups * space.num_units * space.weights_per_unit for space in spaces)
+        on = sum(space.num_groups * counts[space.name] * space.weights_per_unit for space in spaces)
+        follows = self._undo_pattern is not None
+        metrics = {
+            "mixed_sparsity/sparsity": 1 - on / weights if weights else 0.0,
+            "mixed_sparsity/active_parameters": float(self.targets.active(step, counts).num_parameters),
+            "mixed_sparsity/attention_pattern": float(follows),
+            "mixed_sparsity/evaluation_pattern": float(follows and self.evaluate_pattern),
+            "mixed_sparsity/replaced_units": float(self._replaced),
+        }
+        # Not self.log: it would round to float32.
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Be whole before others save the final model."""
+        if self._model is not None:
+            self._model.expand()
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the masks, and the rules that they were made by."""
+        masks = self._masks if self._model is None else self._model.masks
+        return {
+            "version": _STATE_VERSION,
+            "rules": self._rules(),
+            "masks": {name: mask.cpu() for name, mask in (masks or {}).items()},
+            "last_event": self._last_event,
+            "replaced": self._replaced,
+        }
+
+    def _rules(self) -> dict[str, Any]:
+        names = (
+            "ffn_units",
+            "attention_units",
+            "head_units",
+            "update_every",
+            "drop_fraction",
+            "gradient_share",
+            "distribution",
+            "quantum",
+            "block_size",
+            "attention_pattern",
+            "attention_window",
+            "evaluate_pattern",
+            "execution",
+            "seed",
+        )
+        targets = self.targets
+        stages = [] if targets is None else [*zip(targets.schedule.starts, targets.schedule.sparsities, strict=True)]
+        phase = None if targets is None else list(targets.pattern_steps)
+        return {**{name: getattr(self, name) for name in names}, "stages": list(map(list, stages)), "phase": phase}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the masks, and the rules for comparison.
+
+        Raises:
+            MisconfigurationException: If a newer version wrote the checkpoint.
+        """
+        if state_dict["version"] > _STATE_VERSION:
+            raise MisconfigurationException(
+                f"The checkpoint's mixed-sparsity state has format {state_dict['version']}; this version of lit-accel "
+                f"reads up to {_STATE_VERSION}. Update lit-accel."
+            )
+        self._loaded_rules = dict(state_dict["rules"])
+        self._masks = dict(state_dict["masks"]) or None
+        self._last_event = state_dict["last_event"]
+        self._replaced = state_dict["replaced"]
+
+
+def _wrap_anew(trainer: L.Trainer) -> None:
+    """Have DDP look at the parameters again: it knows them by their shapes."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy) and strategy.model is not strategy.lightning_module:
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()
