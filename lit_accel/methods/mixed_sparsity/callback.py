@@ -162,7 +162,7 @@ class MixedSparsityTraining(L.Callback):
         self._loaded_rules: dict[str, Any] = {}
         self._step = 0
         self._changes: dict[str, Change] | None = None
-        self._has_new_shapes = False
+        self._num_reshapings = 0
         self._undo_pattern: Callable[[], None] | None = None
 
     @property
@@ -322,7 +322,6 @@ class MixedSparsityTraining(L.Callback):
         self._follower.refresh()
         assert self._model is not None
         model, step = self._model, trainer.global_step
-        was_compact = model.compact_names
         if not model.is_compact:
             model.optimizers = list(trainer.optimizers)
         before = {name: int(mask[0].sum()) for name, mask in model.masks.items()}
@@ -341,8 +340,8 @@ class MixedSparsityTraining(L.Callback):
         if self._ever_sparse or self.attention_pattern is not None:
             set_active(model.transformer, self.targets.active(step, counts, self._changes is not None))
         self._attend(step)
-        if was_compact != model.compact_names or self._has_new_shapes:
-            self._has_new_shapes = False
+        if model.num_reshapings != self._num_reshapings:
+            self._num_reshapings = model.num_reshapings
             _wrap_anew(trainer)
 
     def _change(self, trainer: L.Trainer, changes: dict[str, Change], gradients: dict[str, Tensor] | None) -> None:
@@ -371,7 +370,6 @@ class MixedSparsityTraining(L.Callback):
             self._changes = None
             # Now and not before the next batch: what is off must not see this optimizer step.
             model.compact()
-            self._has_new_shapes = True
         model.mask_gradients()
 
     def on_train_batch_end(

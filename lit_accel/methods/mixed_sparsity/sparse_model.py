@@ -59,6 +59,8 @@ class SparseModel:
         }
         self.optimizers: list[Optimizer] = []
         self.is_compact = False
+        self.num_reshapings = 0
+        """How often parameters have changed their shapes."""
         self._views: dict[str, View] = {}
         self._whole: dict[str, Tensor] = {}
         self._off: dict[str, Tensor] = {}
@@ -189,6 +191,7 @@ class SparseModel:
         if not self._views:
             return
         self.is_compact = True
+        self.num_reshapings += 1
         for name, view in self._views.items():
             parameter = self.parameters[name]
             self._whole[name] = parameter.data
@@ -220,6 +223,7 @@ class SparseModel:
         self._restorers, self._hooks, self._views, self._whole = [], [], {}, {}
         describe_as(self.transformer, None)
         self.is_compact = False
+        self.num_reshapings += 1
 
     def _replace(self, parameter: nn.Parameter, change: Callable[[Tensor], Tensor], data: Tensor | None = None) -> None:
         states = [
