@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_accel.compute import plot_report, read_ledger, saving_at_equal_loss
-from lit_accel.compute.phases import Phase, Phases
+from lit_accel.compute.phases import Amounts, Phase, Phases
 from lit_accel.compute.table import COLUMNS, FILE_NAME
 from lit_accel.compute.units import duration, with_prefix
 
@@ -110,8 +110,8 @@ class FourEqualRanks:
 
 def test_counts_of_all_ranks_are_summed_exactly_beyond_64_bits():
     phases = Phases()
-    phases.list = [Phase({}, 1), Phase({}, 2)]
-    phases.count(tokens=7, flops=3**45 + 1, dense_flops=3**46)
+    phases.list = [Phase(num_parameters=1), Phase(num_parameters=2)]
+    phases.count(Amounts(tokens=7, flops=3**45 + 1, dense_flops=3**46))
     for _ in range(2):
         phases.collect(FourEqualRanks(), world_size=4)
     assert (phases.total.tokens, phases.total.flops) == (28, 4 * (3**45 + 1))
