@@ -37,8 +37,10 @@ bench: $(STAMP)  ## the measurements behind the README; resumes where it stopped
 	$(BIN)/python -m scripts.measure_realised_share
 	$(BIN)/python -m scripts.measure_layer_dropping
 	$(BIN)/python -m scripts.measure_token_dropping
+	$(BIN)/python -m scripts.measure_mixed_sparsity
 	$(BIN)/python -m scripts.compare_layer_dropping
 	$(BIN)/python -m scripts.compare_token_dropping
+	$(BIN)/python -m scripts.compare_mixed_sparsity
 	$(BIN)/python -m scripts.compare_presets
 	$(BIN)/python -m scripts.compare_vision --choices
 	$(MAKE) bench-report

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import compare_layer_dropping as layer_dropping
+from scripts import compare_mixed_sparsity as mixed_sparsity
 from scripts import compare_token_dropping as token_dropping
 from scripts import compare_vision as vision
 from scripts.compare_presets import CHOICES, CHOICES_LR, DEFAULT, SETUPS, VARIANTS, read_results
@@ -210,6 +211,57 @@ def token_seconds_table() -> str:
     )
 
 
+def sparsity_seconds_tables() -> str:
+    """Return how much of the counted saving of mixed sparsity arrives in seconds, and how fast patterns are."""
+    record = json.loads((RESULTS / "mixed_sparsity.json").read_text())
+
+    def line(what: str, row: dict[str, Any], num_tokens: int) -> str:
+        return (
+            f"| {what} | {row['batch_size'] * num_tokens:,} | {'yes' if row['keeps_memory'] else 'no'} | "
+            f"{row['flops_ratio']:.3f} | {row['time_ratio']:.3f} | {1 / row['time_ratio']:.2f} | "
+            f"{row['realised_share']:.2f} |"
+        )
+
+    num_tokens = record["steps"][0]["num_tokens"]
+    lines = [line(row["arm"], row, row["num_tokens"]) for row in record["steps"]]
+    lines += [line(f"**a whole default run, {row['num_steps']} steps**", row, num_tokens) for row in record["runs"]]
+    patterns = list(dict.fromkeys(row["pattern"] for row in record["attention"]))
+    speeds = []
+    for tokens, dtype in dict.fromkeys((row["num_tokens"], row["dtype"]) for row in record["attention"]):
+        found = {r["pattern"]: r for r in record["attention"] if (r["num_tokens"], r["dtype"]) == (tokens, dtype)}
+        cells = " | ".join(f"{found[pattern]['speed']:.2f}" for pattern in patterns)
+        speeds.append(f"| {tokens:,} | {dtype} | {cells} |")
+    first = record["steps"][0]
+    switch = max(row["switch_in_dense_steps"] for row in record["steps"])
+    return "\n".join(
+        [
+            f"An optimizer step of a GPT of {first['blocks']} blocks, width {first['width']}, 8 heads and "
+            f"{first['vocab']:,} words, {num_tokens} tokens a sequence,",
+            "bf16, in parts of a dense one; a fifth of the neurons and 2 of 8 heads, a tenth of the entries, an eighth "
+            "of the",
+            "tiles. The arms take turns within a process; whole runs, dense and with `MixedSparsityTraining()` as it "
+            "comes, take",
+            "turns too. Realised share: log(time ratio) / log(FLOPs ratio), the head counted dense. Switching units "
+            "takes at most",
+            f"{switch:.2f} dense steps.",
+            "",
+            "| what | tokens a step | glibc keeps memory | FLOPs | seconds | times faster | realised share |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *lines,
+            "",
+            "Attention by itself, forward and backward: times faster than torch's fused causal attention. 2 sequences, "
+            "12 heads of",
+            "64 features, window 128.",
+            "",
+            f"| tokens | type | {' | '.join(patterns)} |",
+            f"| --- | --- |{' --- |' * len(patterns)}",
+            *speeds,
+            "",
+            f"`python -m scripts.measure_mixed_sparsity`; {machine(record['provenance'])}.",
+        ]
+    )
+
+
 def quality_table(comparison: Comparison, module: str, dense: str) -> str:
     """Return held-out losses of the arms of a comparison.
 
@@ -311,6 +363,14 @@ def main() -> None:
                 [
                     quality_table(token_dropping.COMPARISON, token_dropping.__name__, token_dropping.DENSE),
                     token_seconds_table(),
+                ]
+            )
+        },
+        ROOT / "lit_accel/methods/mixed_sparsity/README.md": {
+            "results:sparsity": "\n\n".join(
+                [
+                    quality_table(mixed_sparsity.COMPARISON, mixed_sparsity.__name__, mixed_sparsity.DENSE),
+                    sparsity_seconds_tables(),
                 ]
             )
         },

@@ -17,6 +17,7 @@ DOCUMENTS = [
     "lit_accel/methods/multilevel/README.md",
     "lit_accel/methods/layer_dropping/README.md",
     "lit_accel/methods/token_dropping/README.md",
+    "lit_accel/methods/mixed_sparsity/README.md",
     "docs/new_family.md",
 ]
 

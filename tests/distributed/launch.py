@@ -12,7 +12,7 @@ from tests.ports import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    [f"tests.distributed.{name}" for name in ("cycle", "dropping", "merged", "sharded", "tokens")]
+    [f"tests.distributed.{name}" for name in ("cycle", "dropping", "merged", "sharded", "sparsity", "tokens")]
 )
 
 

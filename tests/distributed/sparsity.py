@@ -40,11 +40,13 @@ KINDS: dict[str, dict[str, Any]] = {
     # One of each kind in which a model can be held, and sparse attention.
     "all": {**BLOCKS, "attention_units": "head", "head_units": "element", **PATTERN},
 }
-DDP: dict[str, dict[str, Any]] = {
-    "ddp": {},
-    "views": {"gradient_as_bucket_view": True},
-    "unused": {"find_unused_parameters": True},
-    "static": {"static_graph": True},
+STRATEGIES = {
+    "single": lambda: "auto",
+    "ddp": lambda: "ddp",
+    "resizable": lambda: "resizable_ddp",
+    "views": lambda: DDPStrategy(gradient_as_bucket_view=True),
+    "unused": lambda: DDPStrategy(find_unused_parameters=True),
+    "static": lambda: DDPStrategy(static_graph=True),
 }
 ACCUMULATED: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
 
@@ -131,7 +133,7 @@ class KillInside(L.Callback):
 
 
 class Perturb(L.Callback):
-    """Gives each rank a gradient of its own, as a module would that does not leave it to DDP. Stands left of the method.
+    """Gives each rank a gradient of its own, as a module might that does not leave it to DDP. Left of the method.
 
     Args:
         step: The step.
@@ -151,14 +153,13 @@ def trainer_for(folder: Path, strategy: str, callbacks: list[L.Callback], **opti
     return make_trainer(
         folder,
         callbacks=callbacks,
-        strategy="auto" if strategy == "single" else DDPStrategy(**DDP[strategy]),
+        strategy=STRATEGIES[strategy](),
         devices=int(os.environ.get("WORLD_SIZE", 1)),
         use_distributed_sampler=False,
-        limit_val_batches=0,
         max_steps=STEPS,
         max_epochs=-1,
         log_every_n_steps=1,
-        **options,
+        **{"limit_val_batches": 0, **options},
     )
 
 
@@ -188,7 +189,7 @@ def train(
     if saves:
         callbacks.append(ModelCheckpoint(folder / name, save_last=True, every_n_train_steps=1, save_top_k=0))
     trainer = trainer_for(folder, strategy, callbacks, enable_checkpointing=saves, **options)
-    trainer.fit(module, data(), ckpt_path=folder / name / "last.ckpt" if resume else None)
+    trainer.fit(module, data(), data(), ckpt_path=folder / name / "last.ckpt" if resume else None)
     if trainer.is_global_zero:
         phases = [asdict(phase) for phase in ledger.phases.list]
         for phase in phases:
@@ -237,6 +238,10 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
 }
 
 
+# Of DDP; each with the same result.
+OPTIONS = ("resizable", "views", "unused", "static")
+
+
 def on_one_process(folder: Path) -> None:
     torch.set_num_threads(1)
     for kind in KINDS:
@@ -250,8 +255,9 @@ def on_two_processes(folder: Path) -> None:
     for kind in KINDS:
         train(folder, f"ddp-{kind}", "ddp", kind)
         train(folder, f"again-{kind}", "ddp", kind)
-    for strategy in ("views", "unused", "static"):
+    for strategy in OPTIONS:
         train(folder, f"{strategy}-neurons", strategy, "neurons")
+    train(folder, "validated-neurons", "ddp", "neurons", limit_val_batches=1, val_check_interval=1)
     for strategy in ("ddp", "views"):
         train(folder, f"{strategy}-accumulated", strategy, "neurons", **ACCUMULATED)
 

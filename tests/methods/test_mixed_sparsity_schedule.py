@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given
@@ -132,7 +133,7 @@ def test_the_share_falls_from_its_first_value_to_zero_along_a_cosine(schedule):
     end = schedule.restoration_start or schedule.num_steps
     shares = [schedule.drop_fraction_at(step) for step in range(schedule.num_steps + 1)]
     assert shares[0] == schedule.drop_fraction
-    assert all(later <= earlier for earlier, later in zip(shares, shares[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(shares))
     assert not any(shares[end:])
     for step in range(end):
         assert shares[step] == pytest.approx(schedule.drop_fraction * math.cos(math.pi * step / end / 2) ** 2)

@@ -2,6 +2,7 @@
 
 from lit_accel.methods.mixed_sparsity.attention import AttentionPattern
 from lit_accel.methods.mixed_sparsity.distribution import densities
+from lit_accel.methods.mixed_sparsity.dynamics import DynamicSparsity
 from lit_accel.methods.mixed_sparsity.schedule import DEFAULT_STAGES, SparsitySchedule
 from lit_accel.methods.mixed_sparsity.sparse_model import SparseModel
 from lit_accel.methods.mixed_sparsity.targets import Shares, Targets
@@ -14,6 +15,7 @@ __all__ = [
     "AttentionPattern",
     "AxisUnits",
     "Change",
+    "DynamicSparsity",
     "MatrixUnits",
     "Shares",
     "SparseModel",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as L
@@ -14,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_accel.anatomy import Anatomy, TransformerFollower, anatomy_of, find_transformer, uses_activation_checkpointing
-from lit_accel.compute.active import set_active
-from lit_accel.draws import generator
 from lit_accel.methods.mixed_sparsity.attention import AttentionPattern, PatternName
 from lit_accel.methods.mixed_sparsity.distribution import Distribution
+from lit_accel.methods.mixed_sparsity.dynamics import DynamicSparsity
 from lit_accel.methods.mixed_sparsity.presets import DEFAULTS, PRESETS, PresetName
 from lit_accel.methods.mixed_sparsity.refusals import (
     check_choices,
     check_graphs,
+    check_masks,
     check_model,
     check_numbers,
     check_optimizers,
@@ -31,16 +29,14 @@ from lit_accel.methods.mixed_sparsity.refusals import (
     check_units,
 )
 from lit_accel.methods.mixed_sparsity.schedule import DEFAULT_STAGES, SparsitySchedule
-from lit_accel.methods.mixed_sparsity.sparse_model import Execution, SparseModel
+from lit_accel.methods.mixed_sparsity.sparse_model import Execution
 from lit_accel.methods.mixed_sparsity.targets import Targets
-from lit_accel.methods.mixed_sparsity.topology import Change, updated
 from lit_accel.methods.mixed_sparsity.units import UnitsError, spaces_of
 from lit_accel.methods.requirements import check_compilation, check_levels, check_rules, require_equal_on_ranks
 from lit_accel.resizing import ensure_built, full_size
 from lit_accel.schedules import num_steps_of
 
 _STATE_VERSION = 1
-_STREAM = 8  # of the draws, beside those of data and other methods
 
 
 class MixedSparsityTraining(L.Callback):
@@ -154,30 +150,22 @@ class MixedSparsityTraining(L.Callback):
         self._clear()
 
     def _clear(self) -> None:
-        self._model: SparseModel | None = None
+        self._sparsity: DynamicSparsity | None = None
+        self._state: dict[str, Any] | None = None
         self._follower: TransformerFollower | None = None
-        self._masks: dict[str, Tensor] | None = None
-        self._last_event = -1
-        self._replaced = 0
         self._loaded_rules: dict[str, Any] = {}
-        self._step = 0
-        self._changes: dict[str, Change] | None = None
         self._num_reshapings = 0
-        self._undo_pattern: Callable[[], None] | None = None
+        self._step = 0
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Which units are on, by the name of their space; each of shape (groups, units)."""
-        return {} if self._model is None else self._model.masks
+        return {} if self._sparsity is None else self._sparsity.masks
 
     @property
     def digest(self) -> int:
         """A number that stands for the masks: the same on all ranks, and in every repetition of a run."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, mask in self.masks.items():
-            digest.update(name.encode())
-            digest.update(mask.cpu().numpy().tobytes())
-        return int.from_bytes(digest.digest(), "little") >> 2
+        return 0 if self._sparsity is None else self._sparsity.digest
 
     # Before training
 
@@ -283,17 +271,15 @@ class MixedSparsityTraining(L.Callback):
         """Turn to a transformer: the first one, or, while all units are on, one of another size."""
         assert self.targets is not None
         anatomy = anatomy_of(transformer)
-        self._attend_densely()
         if anatomy.size != self.targets.anatomy.size:
             self.targets = self._targets_of(anatomy, self.targets.schedule.num_steps)
-        masks, self._masks = self._masks, None
-        expected = {name: (space.num_groups, space.num_units) for name, space in self.targets.spaces.items()}
-        if masks is not None and {name: tuple(mask.shape) for name, mask in masks.items()} != expected:
-            raise MisconfigurationException(
-                "The units of the checkpoint are others than those of this run: their kind or the size of the model "
-                "has changed. Resume with the settings that it was trained with."
-            )
-        self._model = SparseModel(transformer, anatomy, self.targets.spaces, self.execution, masks)
+        state, self._state = self._state, None
+        if self._sparsity is not None:
+            self._sparsity.close()
+            state = {**self._sparsity.to_state(), "masks": None}
+        elif state is not None:
+            check_masks(state["masks"], self.targets)
+        self._sparsity = DynamicSparsity(transformer, self.targets, self.execution, self.seed, state)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave a whole model behind; Lightning does not call ``teardown`` then."""
@@ -304,12 +290,10 @@ class MixedSparsityTraining(L.Callback):
         if self._follower is not None:
             self._follower.close()
             self._follower = None
-        self._attend_densely()
-        if self._model is not None:
-            self._model.expand()
-            set_active(self._model.transformer, None)
-            self._masks = self._model.masks
-            self._model = None
+        if self._sparsity is not None:
+            self._sparsity.close()
+            self._state = self._sparsity.to_state()
+            self._sparsity = None
 
     # During training
 
@@ -317,103 +301,50 @@ class MixedSparsityTraining(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Switch units that need no gradient to choose; put all back into the model where one is needed."""
-        if self._follower is None or self.targets is None:
+        if self._follower is None:
             return
         self._follower.refresh()
-        assert self._model is not None
-        model, step = self._model, trainer.global_step
-        if not model.is_compact:
-            model.optimizers = list(trainer.optimizers)
-        before = {name: int(mask[0].sum()) for name, mask in model.masks.items()}
-        self._changes = None
-        # Where no state was loaded, a run may be in mid-schedule with all its units on.
-        if self._last_event != step and (self.targets.schedule.is_event(step) or before != self.targets.counts(step)):
-            changes = self.targets.changes(step, before)
-            model.expand()
-            if self.targets.needs_gradient(changes):
-                self._changes = changes
-            else:
-                self._change(trainer, changes, None)
-        if self._changes is None:
-            model.compact()
-        counts = {name: int(mask[0].sum()) for name, mask in model.masks.items()}
-        if self._ever_sparse or self.attention_pattern is not None:
-            set_active(model.transformer, self.targets.active(step, counts, self._changes is not None))
-        self._attend(step)
-        if model.num_reshapings != self._num_reshapings:
-            self._num_reshapings = model.num_reshapings
+        assert self._sparsity is not None
+        if self._sparsity.begin_step(trainer.global_step, trainer.optimizers):
+            self._compare_ranks(trainer)
+        num_reshapings = self._sparsity.model.num_reshapings
+        if num_reshapings != self._num_reshapings:
+            self._num_reshapings = num_reshapings
             _wrap_anew(trainer)
 
-    def _change(self, trainer: L.Trainer, changes: dict[str, Change], gradients: dict[str, Tensor] | None) -> None:
-        """Make an update of the topology, with the whole model."""
-        model, step = self._model, trainer.global_step
-        assert model is not None
-        magnitudes = model.magnitudes()
-        masks = {}
-        for index, (name, change) in enumerate(changes.items()):
-            old = model.masks[name]
-            draws = generator(self.seed, step, index, _STREAM)
-            gradient = None if gradients is None else gradients[name]
-            masks[name] = updated(old, change, magnitudes[name], gradient, self.gradient_share, draws)
-            self._replaced += change.num_grown * len(old)
-        model.set_masks(masks)
-        self._last_event = step
+    def _compare_ranks(self, trainer: L.Trainer) -> None:
         require_equal_on_ranks(trainer, self.digest, "the units that are on")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Choose units by the gradients of this step, and clear those of what is off."""
-        model = self._model
-        if model is None:
-            return
-        if self._changes is not None:
-            self._change(trainer, self._changes, model.gradients())
-            self._changes = None
-            # Now and not before the next batch: what is off must not see this optimizer step.
-            model.compact()
-        model.mask_gradients()
+        if self._sparsity is not None and self._sparsity.after_backward():
+            self._compare_ranks(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Hold what is off where it was; where it is due, log."""
-        if self._model is None or self.targets is None:
-            return
         previous, self._step = self._step, trainer.global_step
-        if self._step == previous:
+        if self._sparsity is None or self._step == previous:
             return
-        self._model.hold_off()
+        self._sparsity.after_step()
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and self._step // interval > previous // interval:
             self._log(trainer, previous)
 
-    def _attend(self, step: int) -> None:
-        assert self.targets is not None
-        assert self._model is not None
-        if not self.targets.attends_by_pattern(step):
-            self._attend_densely()
-        elif self._undo_pattern is None:
-            assert self.targets.pattern is not None
-            assert self.targets.anatomy.attend is not None
-            self._undo_pattern = self.targets.anatomy.attend(self._model.transformer, self.targets.pattern)
-
-    def _attend_densely(self) -> None:
-        if self._undo_pattern is not None:
-            self._undo_pattern()
-            self._undo_pattern = None
-
     def _log(self, trainer: L.Trainer, step: int) -> None:
         assert self.targets is not None
-        counts = {name: int(mask[0].sum()) for name, mask in self.masks.items()}
-        spaces = self.targets.spaces.values()
+        assert self._sparsity is not None
+        counts, spaces = self._sparsity.counts, self.targets.spaces.values()
         weights = sum(space.num_groups * space.num_units * space.weights_per_unit for space in spaces)
         on = sum(space.num_groups * counts[space.name] * space.weights_per_unit for space in spaces)
-        follows = self._undo_pattern is not None
+        follows = self._sparsity.follows_pattern
         metrics = {
             "mixed_sparsity/sparsity": 1 - on / weights if weights else 0.0,
             "mixed_sparsity/active_parameters": float(self.targets.active(step, counts).num_parameters),
             "mixed_sparsity/attention_pattern": float(follows),
             "mixed_sparsity/evaluation_pattern": float(follows and self.evaluate_pattern),
-            "mixed_sparsity/replaced_units": float(self._replaced),
+            "mixed_sparsity/replaced_units": float(self._sparsity.num_replaced),
         }
         # Not self.log: it would round to float32.
         for logger in trainer.loggers:
@@ -421,21 +352,15 @@ class MixedSparsityTraining(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Be whole before others save the final model."""
-        if self._model is not None:
-            self._model.expand()
+        if self._sparsity is not None:
+            self._sparsity.model.expand()
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks, and the rules that they were made by."""
-        masks = self._masks if self._model is None else self._model.masks
-        return {
-            "version": _STATE_VERSION,
-            "rules": self._rules(),
-            "masks": {name: mask.cpu() for name, mask in (masks or {}).items()},
-            "last_event": self._last_event,
-            "replaced": self._replaced,
-        }
+        state = self._state if self._sparsity is None else self._sparsity.to_state()
+        return {"version": _STATE_VERSION, "rules": self._rules(), "units": state}
 
     def _rules(self) -> dict[str, Any]:
         names = (
@@ -471,9 +396,7 @@ class MixedSparsityTraining(L.Callback):
                 f"reads up to {_STATE_VERSION}. Update lit-accel."
             )
         self._loaded_rules = dict(state_dict["rules"])
-        self._masks = dict(state_dict["masks"]) or None
-        self._last_event = state_dict["last_event"]
-        self._replaced = state_dict["replaced"]
+        self._state = state_dict["units"]
 
 
 def _wrap_anew(trainer: L.Trainer) -> None:

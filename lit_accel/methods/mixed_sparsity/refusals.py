@@ -274,6 +274,24 @@ def check_graphs(transformer: nn.Module, targets: Targets) -> None:
         )
 
 
+def check_masks(masks: Mapping[str, torch.Tensor], targets: Targets) -> None:
+    """Check that a checkpoint's units are those of this run.
+
+    Args:
+        masks: The checkpoint's masks.
+        targets: The units of this run.
+
+    Raises:
+        MisconfigurationException: If they are not.
+    """
+    stored = {name: tuple(mask.shape) for name, mask in masks.items()}
+    if stored != {name: (space.num_groups, space.num_units) for name, space in targets.spaces.items()}:
+        raise MisconfigurationException(
+            "The units of the checkpoint are others than those of this run: their kind, or the size of the model, has "
+            "changed. Resume with the settings that it was trained with."
+        )
+
+
 def check_resizes(trainer: L.Trainer, targets: Targets) -> None:
     """Check that the model changes its size only while all units are on.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from lit_accel.anatomy import Anatomy
@@ -44,6 +44,11 @@ class Targets:
     is_compact: bool = True
     pattern: AttentionPattern | None = None
     pattern_steps: tuple[int, int] = (0, 0)
+
+    @property
+    def ever_sparse(self) -> bool:
+        """Whether any unit is ever off."""
+        return any(sparsity > 0 for sparsity in self.schedule.sparsities)
 
     @cached_property
     def stage_counts(self) -> tuple[Counts, ...]:
@@ -183,10 +188,6 @@ class Targets:
         if step == 0:
             return {name: space.num_units for name, space in self.spaces.items()}
         return self.counts(step - 1)
-
-    def at(self, anatomy: Anatomy, spaces: Mapping[str, UnitSpace]) -> Targets:
-        """Return the same for a model of another size."""
-        return replace(self, anatomy=anatomy, spaces=spaces)
 
 
 @dataclass(frozen=True)
