@@ -61,18 +61,20 @@ class AttentionPattern:
         local = window * (window + 1) // 2 + (num_tokens - window) * window
         return local if self.kind == "window" else local + older
 
-    def mask(self, num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
-        """Return which keys each query sees, shape (queries, keys); the last keys are those of the queries."""
-        i = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-        j = torch.arange(num_keys, device=device)[None]
+    def allows(self, i: Tensor, j: Tensor) -> Tensor:
+        """Return whether queries i see keys j, both by their place in the sequence."""
         distance = i - j
-        local = distance < self.window
-        strided = distance % self.window == 0
+        local, strided = distance < self.window, distance % self.window == 0
         if self.kind == "fixed":
             allowed = (i // self.window == j // self.window) | (j % self.window == self.window - 1)
         else:
             allowed = {"window": local, "strided": strided, "union": local | strided}[self.kind]
         return allowed & (distance >= 0)
+
+    def mask(self, num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
+        """Return which keys each query sees, shape (queries, keys); the last keys are those of the queries."""
+        i = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+        return self.allows(i, torch.arange(num_keys, device=device)[None])
 
     def __call__(
         self,
@@ -91,10 +93,14 @@ class AttentionPattern:
         than dense attention.
         """
         num_queries, num_keys = query.shape[2], key.shape[2]
+        follows = training or self.in_evaluation
+        if query.is_cuda and follows and mask is None and num_queries == num_keys and not dropout:
+            from lit_accel.methods.mixed_sparsity.flex import flex
+
+            return flex(self, query, key, value, scale)
         if key.shape[1] != query.shape[1]:
             num_repeats = query.shape[1] // key.shape[1]
             key, value = (x.repeat_interleave(num_repeats, dim=1) for x in (key, value))
-        follows = training or self.in_evaluation
         if mask is not None or num_queries != num_keys:
             if follows:
                 allowed = self.mask(num_queries, num_keys, query.device)
