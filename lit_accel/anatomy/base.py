@@ -47,6 +47,10 @@ class Attention:
     tile: int | None = None
     place: str = "token"
 
+    def width(self, axes: Mapping[str, int]) -> int:
+        """Return the features of all its query heads, for the given axis sizes."""
+        return math.prod(axes[axis] for axis in self.heads) * axes[self.head_dim]
+
 
 class AttentionKernel(Protocol):
     """Another way to attend than that of a model."""
@@ -139,6 +143,7 @@ class Block:
         ffn: The axis of the neurons of its feed-forward network.
         attributes: Attributes of its modules that follow from axis sizes, such as numbers of heads, as sums and
             products of axes: ``{"attn.split_size": "heads*head_dim"}``. Those of linear layers are not named.
+        inlined: Matrices, named within the block, that something else than their module multiplies by.
         indivisible: Axes of which no index can be left out, with the reason, which completes "cannot be switched off:".
     """
 
@@ -153,7 +158,13 @@ class Block:
     windows: Windows | None = None
     ffn: str = "ffn"
     attributes: Mapping[str, str] = field(default_factory=dict)
+    inlined: frozenset[str] = frozenset()
     indivisible: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def token_places(self) -> frozenset[str]:
+        """The places that its tokens pass through."""
+        return frozenset({self.place, self.attention.place})
 
 
 @dataclass(frozen=True)

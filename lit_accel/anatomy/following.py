@@ -25,7 +25,11 @@ class TransformerFollower:
         # A callback may replace the transformer after another's batch has started and before it is called. The
         # assignment is the only event that nobody can get around, whatever the order of the callbacks.
         self._assignment_hook = register_module_module_registration_hook(self._on_assignment)
-        self.refresh()
+        try:
+            self.refresh()
+        except BaseException:
+            self.close()
+            raise
 
     def refresh(self) -> None:
         """Turn to the transformer that is in the module now; quick if it is the same as before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -40,14 +41,17 @@ def attend_with(model: nn.Module, kernel: AttentionKernel) -> Callable[[], None]
     AttentionInterface.register(name, attend)
     # The masks of torch's own kernel: none at all where attention is causal and nothing is padded.
     AttentionMaskInterface.register(name, sdpa_mask)
-    configs = {id(config): config for module in model.modules() if (config := _config_of(module)) is not None}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    for config in configs.values():
-        config._attn_implementation = name
+    before = [(module, config) for module in model.modules() if (config := _config_of(module)) is not None]
+    # Copies: other models may have been made from the same configuration.
+    copies = {id(config): copy.copy(config) for _, config in before}
+    for own in copies.values():
+        own._attn_implementation = name
+    for module, config in before:
+        module.config = copies[id(config)]
 
     def undo() -> None:
-        for config, implementation in before:
-            config._attn_implementation = implementation
+        for module, config in before:
+            module.config = config
 
     return undo
 

@@ -66,6 +66,7 @@ def describe(model: Any) -> Anatomy:
                 place=f"stage_{index}",
                 windows=_WINDOWS,
                 ffn=f"ffn_{index}",
+                inlined=frozenset({"attn.qkv.weight"}),
                 indivisible={f"heads_{index}": "this class takes as many features from its heads as it has channels"},
             )
             for number in range(len(stage.blocks))

@@ -14,7 +14,7 @@ class Active:
     """The part of a model that its calls are charged for.
 
     Args:
-        entries: Active entries of matrices, by name; those that are not named are whole.
+        entries: Active entries of parameters, by name; those that are not named are whole.
         widths: Active heads times ``head_dim``, by index of the block; those that are not named are whole.
         pairs: Pairs of a query and a key that attention computes in one head over a sequence of so many tokens, where a
             pattern takes the place of the model's own mask.

@@ -15,7 +15,6 @@ Counts are Python integers: exact, and without an upper limit.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -141,14 +140,17 @@ def _count(
     """
     axes = anatomy.size.axes
     rows = {place: count(num_sequences, num_tokens) for place, count in anatomy.places.items()}
-    token_places = [{block.place, block.attention.place} for block in anatomy.blocks]
     spent, of_data, absent = (_Counter(len(anatomy.blocks)) for _ in range(3))
     heads = set(head_matrices(anatomy))
     for name, layout in anatomy.parameters.items():
         if not (layout.is_matrix or name in anatomy.tied_heads):
             continue
         num_rows = rows[layout.place]
-        if layout.block is not None and layout.block in kept and layout.place in token_places[layout.block]:
+        if (
+            layout.block is not None
+            and layout.block in kept
+            and layout.place in anatomy.blocks[layout.block].token_places
+        ):
             num_rows = num_sequences * kept[layout.block]
         numel = layout.numel(axes)
         num_active = active.entries.get(name, numel)
@@ -157,8 +159,7 @@ def _count(
         if layout.reads_data:
             of_data.add(layout.block, 2 * num_rows * num_active)
     for index, block in enumerate(anatomy.blocks):
-        width = math.prod(axes[axis] for axis in block.attention.heads) * axes[block.attention.head_dim]
-        width = active.widths.get(index, width)
+        width = active.widths.get(index, block.attention.width(axes))
         num_attending = anatomy.places[block.attention.place](1, num_tokens)
         num_kept = kept.get(index, num_attending)
         pairs = (

@@ -24,7 +24,7 @@ from lit_accel.compute.summary import phase_table
 from lit_accel.compute.table import FILE_NAME, TableWriter, read_rows
 from lit_accel.resizing import full_size, prepare_module
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 # Where Lightning's ThroughputMonitor looks for the cost of a batch.
 _FLOPS_PER_BATCH = "flops_per_batch"
 
@@ -124,7 +124,9 @@ class ComputeLedger(Callback):
         self._observer = TransformerObserver(pl_module, self._on_forward, self._on_part, self._on_end)
         self._sets_flops_per_batch = not hasattr(pl_module, _FLOPS_PER_BATCH)
         self._set_batch_flops(0)
-        self._phases.enter(self._observer.anatomy)
+        if not self._phases.list:
+            # Of a resumed run the first call says whether the phase goes on.
+            self._phases.enter(self._observer.anatomy)
         self._logged = (self._step, self._phases.total.flops)
         self._open_table(trainer)
         self._stopwatch.start()

@@ -122,6 +122,10 @@ class Phases:
     def load_state(self, states: Sequence[dict[str, Any]]) -> None:
         """Take over what :meth:`to_state` wrote."""
         self.list = [Phase(**state) for state in states]
+        for phase, state in zip(self.list, states, strict=True):
+            if "head_dense_flops" not in state:
+                # Of an earlier version, in whose runs every unit was on; what is without the head counts from now on.
+                phase.head_masked_flops = phase.head_dense_flops = phase.flops
 
 
 def _key(anatomy: Anatomy, active: Active | None) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Ledger:
 
     Args:
         step: Optimizer steps done.
-        phase: How often the model's size had changed.
+        phase: How often the model's size, or the stage of its sparsity, had changed.
         num_parameters: Parameters of the transformer.
         tokens: Training tokens.
         flops: FLOPs, as float64: an int64 ends at 9.2e18.

@@ -103,7 +103,12 @@ class AttentionPattern:
             key, value = (x.repeat_interleave(num_repeats, dim=1) for x in (key, value))
         if mask is not None or num_queries != num_keys:
             if follows:
-                allowed = self.mask(num_queries, num_keys, query.device)
+                allowed = (
+                    self.mask(num_queries, num_keys, query.device)
+                    if mask is None or num_queries == num_keys
+                    # Of a cache of fixed length the last keys may still be empty.
+                    else self.allows(_places(mask), torch.arange(num_keys, device=query.device))
+                )
                 mask = allowed if mask is None else _both(allowed, mask)
             elif mask is None:
                 mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
@@ -118,6 +123,12 @@ class AttentionPattern:
         attend = {"window": _window, "strided": _strided, "fixed": _fixed, "union": _union}[self.kind]
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return attend(query, key, value, self.window, scale, dropout)[:, :, :num_keys]
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Return where each query is: at the last key that it may see, itself. Shape (..., queries, 1)."""
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return (allowed * torch.arange(mask.shape[-1], device=mask.device)).amax(-1, keepdim=True)
 
 
 def _both(allowed: Tensor, mask: Tensor) -> Tensor:
@@ -156,13 +167,17 @@ def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
 
 
+def _softmax(scores: Tensor) -> Tensor:
+    return scores.softmax(3, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout: float) -> Tensor:
     """Attend within each chunk to the keys that were gathered for it, of which the mask hides some."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
     # The fused kernel of CPUs gains little on so few keys: by plain products it is 1.1 to 2 times faster.
     scores = (q * scale) @ k.transpose(2, 3) + _as_bias(mask, q.dtype)
-    return F.dropout(scores.softmax(3, dtype=torch.float32).to(v.dtype), dropout) @ v
+    return F.dropout(_softmax(scores).to(v.dtype), dropout) @ v
 
 
 def _window(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, dropout: float) -> Tensor:
@@ -205,7 +220,7 @@ def _union(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float,
     chunk = torch.arange(num_chunks, device=q.device)
     older = (chunk[None] < chunk[:, None])[None, None]
     strided = (classes[0] @ classes[1].transpose(2, 3) + _as_bias(older, q.dtype)).transpose(1, 2)
-    weights = F.dropout(torch.cat([local, strided], dim=3).softmax(3, dtype=torch.float32).to(value.dtype), dropout)
+    weights = F.dropout(_softmax(torch.cat([local, strided], dim=3)).to(value.dtype), dropout)
     near, far = weights.split([2 * window, num_chunks], dim=3)
     out = near @ _spans(value, window, window) + (far.transpose(1, 2) @ classes[2]).transpose(1, 2)
     return _whole(out, query)

@@ -8,16 +8,18 @@ import lightning.pytorch as L
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_accel.anatomy import Anatomy, TransformerFollower, anatomy_of, find_transformer, uses_activation_checkpointing
 from lit_accel.methods.mixed_sparsity.attention import AttentionPattern, PatternName
 from lit_accel.methods.mixed_sparsity.distribution import Distribution
-from lit_accel.methods.mixed_sparsity.dynamics import DynamicSparsity
+from lit_accel.methods.mixed_sparsity.dynamics import DynamicSparsity, digest_of
 from lit_accel.methods.mixed_sparsity.presets import DEFAULTS, PRESETS, PresetName
 from lit_accel.methods.mixed_sparsity.refusals import (
     check_choices,
+    check_counts,
     check_graphs,
     check_masks,
     check_model,
@@ -32,7 +34,13 @@ from lit_accel.methods.mixed_sparsity.schedule import DEFAULT_STAGES, SparsitySc
 from lit_accel.methods.mixed_sparsity.sparse_model import Execution
 from lit_accel.methods.mixed_sparsity.targets import Targets
 from lit_accel.methods.mixed_sparsity.units import UnitsError, spaces_of
-from lit_accel.methods.requirements import check_compilation, check_levels, check_rules, require_equal_on_ranks
+from lit_accel.methods.requirements import (
+    check_compilation,
+    check_levels,
+    check_rules,
+    require_equal_on_ranks,
+    require_training_mode,
+)
 from lit_accel.resizing import ensure_built, full_size
 from lit_accel.schedules import num_steps_of
 
@@ -160,12 +168,14 @@ class MixedSparsityTraining(L.Callback):
     @property
     def masks(self) -> dict[str, Tensor]:
         """Which units are on, by the name of their space; each of shape (groups, units)."""
-        return {} if self._sparsity is None else self._sparsity.masks
+        if self._sparsity is not None:
+            return self._sparsity.masks
+        return {} if self._state is None else self._state["masks"]
 
     @property
     def digest(self) -> int:
         """A number that stands for the masks: the same on all ranks, and in every repetition of a run."""
-        return 0 if self._sparsity is None else self._sparsity.digest
+        return digest_of(self.masks)
 
     # Before training
 
@@ -185,7 +195,7 @@ class MixedSparsityTraining(L.Callback):
         if self.attention_pattern is not None:
             check_pattern(anatomy)
         check_model(transformer, self._targets_of(anatomy))
-        check_levels(trainer, anatomy.at(full_size(pl_module)), lambda level: self._targets_of(level))
+        check_levels(trainer, anatomy.at(full_size(pl_module)), lambda level: check_counts(self._targets_of(level)))
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
             self._plan(trainer, pl_module)
@@ -232,7 +242,8 @@ class MixedSparsityTraining(L.Callback):
             )
         transformer = find_transformer(pl_module)[1]
         self.targets = targets = self._targets_of(anatomy_of(transformer), int(num_steps))
-        check_graphs(transformer, targets)
+        evaluates = bool(trainer.limit_val_batches) and is_overridden("validation_step", pl_module)
+        check_graphs(transformer, targets, evaluates)
         last = targets.schedule.sparsity(max(int(num_steps) - 1, 0))
         if last > 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
@@ -262,6 +273,9 @@ class MixedSparsityTraining(L.Callback):
         """Take up the masks of a checkpoint; warn if rules have changed since it was written."""
         assert self.targets is not None
         check_resizes(trainer, self.targets)
+        transformer = find_transformer(pl_module)[1]
+        if self.attention_pattern is not None and not self.evaluate_pattern:
+            require_training_mode(transformer, self.targets.anatomy, type(self).__name__)
         check_rules(trainer, self._rules(), self._loaded_rules, "mixed sparsity")
         self._loaded_rules = {}
         self._step = trainer.global_step
@@ -280,6 +294,7 @@ class MixedSparsityTraining(L.Callback):
         elif state is not None:
             check_masks(state["masks"], self.targets)
         self._sparsity = DynamicSparsity(transformer, self.targets, self.execution, self.seed, state)
+        self._num_reshapings = 0
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave a whole model behind; Lightning does not call ``teardown`` then."""
@@ -313,7 +328,8 @@ class MixedSparsityTraining(L.Callback):
             _wrap_anew(trainer)
 
     def _compare_ranks(self, trainer: L.Trainer) -> None:
-        require_equal_on_ranks(trainer, self.digest, "the units that are on")
+        if trainer.world_size > 1:
+            require_equal_on_ranks(trainer, self.digest, "the units that are on")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Choose units by the gradients of this step, and clear those of what is off."""
@@ -351,9 +367,16 @@ class MixedSparsityTraining(L.Callback):
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Be whole before others save the final model."""
-        if self._sparsity is not None:
-            self._sparsity.model.expand()
+        """Be whole before others save the final model; say so if it ends with units off that should be on."""
+        if self._sparsity is None or self.targets is None:
+            return
+        self._sparsity.model.expand()
+        if not self._sparsity.model.is_dense and trainer.global_step < self.targets.schedule.num_steps:
+            rank_zero_warn(
+                f"Training has stopped at step {trainer.global_step} of {self.targets.schedule.num_steps}, while units "
+                "are off: those of the model that it leaves behind do nothing. Resume it to the end, or shorten the "
+                "run with max_steps, by which stages are placed."
+            )
 
     # Checkpoints
 

@@ -11,7 +11,10 @@ DISTRIBUTIONS: tuple[Distribution, ...] = get_args(Distribution)
 
 
 def densities(
-    shapes: Mapping[str, tuple[int, ...]], sparsity: float, distribution: Distribution = "uniform"
+    shapes: Mapping[str, tuple[int, ...]],
+    sparsity: float,
+    distribution: Distribution = "uniform",
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """Return the density of each tensor.
 
@@ -24,12 +27,13 @@ def densities(
         shapes: Shapes by name; the first two sizes are those of outputs and inputs.
         sparsity: Share of all entries that are off, in [0, 1).
         distribution: The rule.
+        sizes: Entries that are switched with each tensor, where they are more than its own.
     """
     if distribution == "uniform" or sparsity == 0:
         return dict.fromkeys(shapes, 1 - sparsity)
     used = {name: shape if distribution == "erk" else shape[:2] for name, shape in shapes.items()}
     weights = {name: sum(shape) / math.prod(shape) for name, shape in used.items()}
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    sizes = sizes or {name: math.prod(shape) for name, shape in shapes.items()}
     budget = (1 - sparsity) * sum(sizes.values())
     dense: set[str] = set()
     while True:

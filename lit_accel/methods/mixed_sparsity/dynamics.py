@@ -49,6 +49,7 @@ class DynamicSparsity:
         self._changes: dict[str, Change] | None = None
         self._step = 0
         self._undo_pattern: Callable[[], None] | None = None
+        self._told: tuple[Any, ...] | None = None
 
     @property
     def masks(self) -> Masks:
@@ -58,16 +59,12 @@ class DynamicSparsity:
     @property
     def counts(self) -> Counts:
         """How many units of a group are on, by the name of their space."""
-        return {name: int(mask[0].sum()) for name, mask in self.masks.items()}
+        return self.model.counts
 
     @property
     def digest(self) -> int:
         """A number of 62 bits that stands for the masks: the same on all ranks and in every repetition of a run."""
-        digest = hashlib.blake2b(digest_size=8)
-        for name, mask in self.masks.items():
-            digest.update(name.encode())
-            digest.update(mask.cpu().numpy().tobytes())
-        return int.from_bytes(digest.digest(), "little") >> 2
+        return digest_of(self.masks)
 
     @property
     def follows_pattern(self) -> bool:
@@ -104,9 +101,7 @@ class DynamicSparsity:
         if self._changes is None:
             self.model.compact()
         self._attend(step)
-        if self.targets.ever_sparse or self.targets.pattern is not None:
-            active = self.targets.active(step, self.counts, with_dense_gradients=self._changes is not None)
-            set_active(self.model.transformer, active)
+        self._tell()
         return has_changed
 
     def after_backward(self) -> bool:
@@ -121,6 +116,7 @@ class DynamicSparsity:
             self._changes = None
             # Now and not before the next step: what is off must not see the optimizer.
             self.model.compact()
+            self._tell()
         self.model.mask_gradients()
         return has_changed
 
@@ -133,6 +129,7 @@ class DynamicSparsity:
         self._attend_densely()
         self.model.expand()
         set_active(self.model.transformer, None)
+        self._told = None
 
     def to_state(self) -> dict[str, Any]:
         """Return the masks, and what else a resumed run must know, as tensors and primitives."""
@@ -142,7 +139,17 @@ class DynamicSparsity:
             "num_replaced": self.num_replaced,
         }
 
-    def _change(self, changes: Mapping[str, Change], gradients: Mapping[str, Tensor] | None) -> None:
+    def _tell(self) -> None:
+        """Say what of the model its calls are charged for."""
+        if not self.targets.ever_sparse and self.targets.pattern is None:
+            return
+        key = (self.targets.schedule.stage(self._step), self.follows_pattern, self._changes is None, self._last_event)
+        if key != self._told:
+            self._told = key
+            active = self.targets.active(self._step, self.counts, with_dense_gradients=self._changes is not None)
+            set_active(self.model.transformer, active)
+
+    def _change(self, changes: Mapping[str, Change], gradients: Mapping[str, Tensor | None] | None) -> None:
         magnitudes = self.model.magnitudes()
         masks = {}
         for index, (name, change) in enumerate(changes.items()):
@@ -166,3 +173,16 @@ class DynamicSparsity:
         if self._undo_pattern is not None:
             self._undo_pattern()
             self._undo_pattern = None
+
+
+def digest_of(masks: Mapping[str, Tensor]) -> int:
+    """Return a number of 62 bits that stands for masks.
+
+    Args:
+        masks: Which units are on, by the name of their space.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, mask in masks.items():
+        digest.update(name.encode())
+        digest.update(mask.cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 2

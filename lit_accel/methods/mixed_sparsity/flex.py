@@ -28,8 +28,8 @@ def flex(pattern: AttentionPattern, query: Tensor, key: Tensor, value: Tensor, s
         Shape (batch, heads, tokens, head_dim).
     """
     # Not compiled it computes every pair. On a CPU it has no backward pass, and serves to be checked.
-    attend = _compiled() if query.is_cuda else flex_attention
-    return attend(
+    attend: Any = _compiled() if query.is_cuda else flex_attention
+    out: Tensor = attend(
         query,
         key,
         value,
@@ -37,6 +37,7 @@ def flex(pattern: AttentionPattern, query: Tensor, key: Tensor, value: Tensor, s
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    return out
 
 
 @lru_cache(maxsize=1)

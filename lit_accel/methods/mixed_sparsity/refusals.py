@@ -147,7 +147,44 @@ def check_model(transformer: nn.Module, targets: Targets) -> None:
     Raises:
         MisconfigurationException: If it cannot.
     """
+    check_counts(targets)
     parameters = dict(transformer.named_parameters())
+    for space in targets.spaces.values():
+        if frozen := [each for each in space.names if not parameters[each].requires_grad]:
+            raise MisconfigurationException(
+                f"{frozen[0]} is frozen, and switching units off changes it for good. Train it, or set "
+                f'{space.part}_units="dense".'
+            )
+        if isinstance(space, MatrixUnits) and space.tile > 1:
+            check_tiles(transformer, targets.anatomy)
+
+
+def check_tiles(transformer: nn.Module, anatomy: Anatomy) -> None:
+    """Check that a model can be multiplied in tiles.
+
+    Args:
+        transformer: The model.
+        anatomy: Its anatomy.
+
+    Raises:
+        MisconfigurationException: If its blocks are compiled.
+    """
+    if any(is_compiled(transformer.get_submodule(block.path)) for block in anatomy.blocks):
+        raise MisconfigurationException(
+            'Units are "block", and the blocks of the model are compiled: each update would compile them anew, since '
+            'other tiles are on then. Do not compile them, or use "neuron" and "head".'
+        )
+
+
+def check_counts(targets: Targets) -> None:
+    """Check that no place of a model is left without any unit.
+
+    Args:
+        targets: Its units and their numbers.
+
+    Raises:
+        MisconfigurationException: If one is.
+    """
     for name, space in targets.spaces.items():
         for sparsity, counts in zip(targets.schedule.sparsities, targets.stage_counts, strict=True):
             if counts[name] == 0:
@@ -157,11 +194,6 @@ def check_model(transformer: nn.Module, targets: Targets) -> None:
                     f"{(1 - sparsity) * space.num_units:.2f} of them round to none. Lower the sparsity in stages"
                     + (", or take a smaller block_size." if isinstance(space, MatrixUnits) and space.tile > 1 else ".")
                 )
-        if frozen := [each for each in space.names if not parameters[each].requires_grad]:
-            raise MisconfigurationException(
-                f"{frozen[0]} is frozen, and switching units off changes it for good. Train it, or set "
-                f'{space.part}_units="dense".'
-            )
 
 
 def check_pattern(anatomy: Anatomy) -> None:
@@ -247,12 +279,13 @@ def check_optimizers(trainer: L.Trainer) -> None:
         )
 
 
-def check_graphs(transformer: nn.Module, targets: Targets) -> None:
+def check_graphs(transformer: nn.Module, targets: Targets, evaluates: bool) -> None:
     """Check that compiled blocks do not come in more sizes than torch makes graphs of.
 
     Args:
         transformer: The transformer.
         targets: Its units and their numbers.
+        evaluates: Whether the model is evaluated in between, for which graphs are others.
 
     Raises:
         MisconfigurationException: If they do.
@@ -263,14 +296,15 @@ def check_graphs(transformer: nn.Module, targets: Targets) -> None:
     import torch._dynamo.config
 
     limit = torch._dynamo.config.recompile_limit
-    sizes = {tuple(counts.values()) for counts in targets.stage_counts}
-    # The whole model runs at each update, and attention is another with a pattern.
-    whole = tuple(space.num_units for space in targets.spaces.values())
-    num_graphs = len(sizes | {whole}) * (2 if targets.pattern is not None else 1)
+    # The whole model runs at each update.
+    separable = {name: space.num_units for name, space in targets.spaces.items() if targets.takes_out(space)}
+    sizes = {tuple(counts[name] for name in separable) for counts in (*targets.stage_counts, separable)}
+    num_graphs = len(sizes) * (2 if targets.pattern is not None else 1) * (2 if evaluates else 1)
     if num_graphs > limit:
         raise MisconfigurationException(
-            f"The blocks are compiled, and these stages make up to {num_graphs} graphs of them; torch makes no more "
-            f"than {limit} (torch._dynamo.config.recompile_limit). Take fewer stages, or raise that limit."
+            f"The blocks are compiled, and these stages make up to {num_graphs} graphs of them"
+            f"{', those of evaluation included' if evaluates else ''}; torch makes no more than {limit} "
+            "(torch._dynamo.config.recompile_limit). Take fewer stages, or raise that limit."
         )
 
 

@@ -83,9 +83,10 @@ class SparsitySchedule:
 
     @property
     def restoration_start(self) -> int | None:
-        """The step from which on units only come back; ``None`` if none ever do."""
-        pairs = zip(self.starts[1:], self.sparsities, self.sparsities[1:], strict=False)
-        return next((start for start, before, after in pairs if after < before), None)
+        """The step from which on units only come back; ``None`` if there is none."""
+        changes = [after - before for before, after in zip((0.0, *self.sparsities), self.sparsities, strict=False)]
+        last_rise = max((index for index, change in enumerate(changes) if change > 0), default=0)
+        return next((self.starts[index] for index in range(last_rise, len(changes)) if changes[index] < 0), None)
 
     def drop_fraction_at(self, step: int) -> float:
         """Return which share of the active units an update at this step replaces.
@@ -105,7 +106,7 @@ class SparsitySchedule:
         """
         if step in self.starts:
             index = self.starts.index(step)
-            before = self.sparsities[index - 1] if index else 0.0
-            return self.sparsities[index] != before
+            if self.sparsities[index] != (self.sparsities[index - 1] if index else 0.0):
+                return True
         is_sparse = self.sparsity(step) > 0
         return is_sparse and step % self.update_every == 0 and self.drop_fraction_at(step) > 0

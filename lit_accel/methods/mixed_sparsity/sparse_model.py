@@ -57,6 +57,8 @@ class SparseModel:
             else masks[name].to(device)
             for name, space in self.spaces.items()
         }
+        self.counts = {name: int(mask[0].sum()) for name, mask in self.masks.items()}
+        """How many units of a group are on, by the name of their space."""
         self.optimizers: list[Optimizer] = []
         self.is_compact = False
         self.num_reshapings = 0
@@ -73,7 +75,7 @@ class SparseModel:
     @property
     def is_dense(self) -> bool:
         """Whether every unit is on."""
-        return all(bool(mask.all()) for mask in self.masks.values())
+        return all(self.counts[name] == space.num_units for name, space in self.spaces.items())
 
     # The topology
 
@@ -99,13 +101,15 @@ class SparseModel:
                     # What was off is zero already, and what is grown starts there.
                     tensor.masked_fill_(~stays, 0)
         self.masks = {name: mask.clone() for name, mask in masks.items()}
+        # As many in each group; on a GPU each of these waits for it.
+        self.counts = {name: int(mask[0].sum()) for name, mask in self.masks.items()}
         self._note_masks()
 
     def _note_masks(self) -> None:
         """Work out which entries of parameters that stay whole are off."""
         self._off, self._dormant = {}, {}
         for name, space in self.spaces.items():
-            if self._is_compactable(space) or bool(self.masks[name].all()):
+            if self._takes_out(space) or self.counts[name] == space.num_units:
                 continue
             for parameter, is_zero, on in self._entries(space, self.masks[name]):
                 self._off[parameter] = ~on
@@ -133,16 +137,14 @@ class SparseModel:
         return {name: space.magnitude(self.parameters) for name, space in self.spaces.items()}
 
     @torch.no_grad()
-    def gradients(self) -> dict[str, Tensor]:
-        """Score all units by the gradients that the whole model has."""
-        names = {name for space in self.spaces.values() for name in space.names}
-        gradients = {
-            # A block that was skipped in this step has none.
-            name: torch.zeros_like(self.parameters[name]) if grad is None else grad
-            for name in names
-            for grad in [self.parameters[name].grad]
-        }
-        return {name: space.gradient(gradients) for name, space in self.spaces.items()}
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Score all units by the gradients that the whole model has; ``None`` for a block that was skipped."""
+        scores: dict[str, Tensor | None] = {}
+        for name, space in self.spaces.items():
+            found = {each: self.parameters[each].grad for each in space.names}
+            gradients = {each: grad for each, grad in found.items() if grad is not None}
+            scores[name] = space.gradient(gradients) if len(gradients) == len(found) else None
+        return scores
 
     # Between backward pass and optimizer step, and after it
 
@@ -155,20 +157,20 @@ class SparseModel:
 
     @torch.no_grad()
     def hold_off(self) -> None:
-        """Undo whatever an optimizer, its weight decay for one, has done to entries that are off."""
-        for name, off in self._off.items():
-            parameter = self.parameters[name]
-            if name in self._dormant:
-                torch.where(off, self._dormant[name], parameter, out=parameter.data)
-            else:
-                parameter.masked_fill_(off, 0)
+        """Undo what an optimizer, by its weight decay, has done to units that are off and not zero.
+
+        Where weight, gradient and optimizer state are zero, they stay so.
+        """
+        for name, dormant in self._dormant.items():
+            parameter, off = self.parameters[name], self._off[name]
+            torch.where(off, dormant, parameter, out=parameter.data)
+            for state in self._moments(parameter):
+                state.masked_fill_(off, 0)
 
     # The smaller model
 
-    def _is_compactable(self, space: UnitSpace) -> bool:
-        if self.execution == "masked":
-            return False
-        return isinstance(space, AxisUnits) or (isinstance(space, MatrixUnits) and space.tile > 1)
+    def _takes_out(self, space: UnitSpace) -> bool:
+        return self.execution == "compact" and space.is_separable
 
     @torch.no_grad()
     def compact(self) -> None:
@@ -177,13 +179,13 @@ class SparseModel:
             return
         for name, space in self.spaces.items():
             mask = self.masks[name]
-            if not self._is_compactable(space) or bool(mask.all()):
+            if not self._takes_out(space) or self.counts[name] == space.num_units:
                 continue
             if isinstance(space, AxisUnits):
                 for carrier in space.carriers:
                     parameter = self.parameters[carrier.name]
                     self._views[carrier.name] = AxisView(space, carrier, mask, parameter.device)
-                self._set_sizes(space, int(mask.sum()))
+                self._set_sizes(space, self.counts[name])
             elif isinstance(space, MatrixUnits):
                 tiles = TileView(space, mask, self.parameters[space.parameter].device)
                 self._views[space.parameter] = tiles
@@ -199,7 +201,10 @@ class SparseModel:
         # It is held in another form than its config and its tables say.
         describe_as(self.transformer, self.anatomy)
         self._hooks.append(self.transformer.register_state_dict_post_hook(_WholeModel(self)))
-        self._hooks += [o.register_state_dict_post_hook(_WholeOptimizer(self)) for o in self.optimizers]
+        self._hooks.append(self.transformer.register_load_state_dict_pre_hook(_TakeModel(self)))
+        for optimizer in self.optimizers:
+            self._hooks.append(optimizer.register_state_dict_post_hook(_WholeOptimizer(self)))
+            self._hooks.append(optimizer.register_load_state_dict_pre_hook(_TakeOptimizer(self)))
 
     @torch.no_grad()
     def expand(self) -> None:
@@ -276,8 +281,11 @@ class SparseModel:
     def _group(self, name: str, view: TileView) -> None:
         module = self.transformer.get_submodule(name.rpartition(".")[0])
         assert is_linear(module)
+        before = vars(module).get("forward")
         module.forward = GroupedForward(module, view.columns)
-        self._restorers.append(lambda: delattr(module, "forward"))
+        self._restorers.append(
+            lambda: delattr(module, "forward") if before is None else setattr(module, "forward", before)
+        )
 
     def whole(self, name: str, tensor: Tensor, fills: bool) -> Tensor:
         """Return a parameter, or something of its present shape, in whole.
@@ -292,6 +300,20 @@ class SparseModel:
         full = self._whole[name].clone() if fills else torch.zeros_like(self._whole[name], dtype=tensor.dtype)
         self._views[name].scatter(tensor.detach(), full)
         return full
+
+    def take(self, name: str, tensor: Tensor, is_weight: bool) -> Tensor:
+        """Return a whole parameter, or something of its shape, in its present form.
+
+        Args:
+            name: The parameter.
+            tensor: It, or an entry of its optimizer state.
+            is_weight: Whether it takes the place of the stored weights.
+        """
+        if name not in self._views or tensor.shape != self._whole[name].shape:
+            return tensor
+        if is_weight:
+            self._whole[name].copy_(tensor)
+        return self._views[name].gather(tensor.to(self._whole[name].device))
 
     @property
     def compact_names(self) -> tuple[str, ...]:
@@ -323,8 +345,28 @@ class _WholeModel:
         return _WholeModel, ()
 
 
-class _WholeOptimizer:
-    """The same for an optimizer's state dict.
+class _TakeModel:
+    """A hook that lets the weights of a whole model be loaded; nothing in copies of the model.
+
+    Args:
+        model: Whose parameters are held in a smaller form.
+    """
+
+    def __init__(self, model: SparseModel | None = None) -> None:
+        self._model = model
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self._model is not None and module is self._model.transformer:
+            for name in self._model.compact_names:
+                if (key := f"{prefix}{name}") in state_dict:
+                    state_dict[key] = self._model.take(name, state_dict[key], is_weight=True)
+
+    def __reduce__(self) -> tuple[type[_TakeModel], tuple[()]]:
+        return _TakeModel, ()
+
+
+class _OptimizerHook:
+    """What an optimizer's state dict goes through, entry by entry of compact parameters; nothing in copies.
 
     Args:
         model: Whose parameters are held in a smaller form.
@@ -343,10 +385,30 @@ class _WholeOptimizer:
             name = names.get(id(parameter))
             if name is not None and index in states:
                 states[index] = {
-                    key: self._model.whole(name, value, fills=False) if _is_moment(value, parameter) else value
+                    key: self.convert(self._model, name, value) if isinstance(value, Tensor) and value.dim() else value
                     for key, value in states[index].items()
                 }
         return {**state_dict, "state": states}
 
-    def __reduce__(self) -> tuple[type[_WholeOptimizer], tuple[()]]:
-        return _WholeOptimizer, ()
+    def convert(self, model: SparseModel, name: str, value: Tensor) -> Tensor:
+        """Return an entry of a parameter's state in another form."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[type[_OptimizerHook], tuple[()]]:
+        return type(self), ()
+
+
+class _WholeOptimizer(_OptimizerHook):
+    """Makes an optimizer's state dict that of the whole model."""
+
+    def convert(self, model: SparseModel, name: str, value: Tensor) -> Tensor:
+        """Return it in whole."""
+        return model.whole(name, value, fills=False) if value.shape == model.parameters[name].shape else value
+
+
+class _TakeOptimizer(_OptimizerHook):
+    """Lets the state of the whole model be loaded."""
+
+    def convert(self, model: SparseModel, name: str, value: Tensor) -> Tensor:
+        """Return what belongs to the units that are on."""
+        return model.take(name, value, is_weight=False)

@@ -15,7 +15,7 @@ from lit_accel.methods.mixed_sparsity.attention import AttentionPattern
 from lit_accel.methods.mixed_sparsity.distribution import Distribution, densities
 from lit_accel.methods.mixed_sparsity.schedule import SparsitySchedule
 from lit_accel.methods.mixed_sparsity.topology import Change, planned_change
-from lit_accel.methods.mixed_sparsity.units import AxisUnits, MatrixUnits, UnitSpace
+from lit_accel.methods.mixed_sparsity.units import AxisUnits, UnitSpace
 
 Counts = dict[str, int]
 """Active units of a group, by the name of their space."""
@@ -61,7 +61,10 @@ class Targets:
 
     def _counts(self, sparsity: float) -> Counts:
         shapes = {name: space.shape for name, space in self.spaces.items()}
-        density = densities(shapes, sparsity, self.distribution) if shapes else {}
+        sizes = {
+            name: space.num_groups * space.num_units * space.weights_per_unit for name, space in self.spaces.items()
+        }
+        density = densities(shapes, sparsity, self.distribution, sizes) if shapes else {}
         return {name: space.num_active(density[name]) for name, space in self.spaces.items()}
 
     def changes(self, step: int, before: Mapping[str, int]) -> dict[str, Change]:
@@ -85,6 +88,10 @@ class Targets:
             and change.num_active < self.spaces[name].num_units
             for name, change in changes.items()
         )
+
+    def takes_out(self, space: UnitSpace) -> bool:
+        """Whether units of a space that are off are taken out of the model."""
+        return self.is_compact and space.is_separable
 
     def attends_by_pattern(self, step: int) -> bool:
         """Whether a step is in the pattern's phase."""
@@ -111,14 +118,12 @@ class Targets:
             # Those of the stage, which in its first step are still about to be chosen.
             in_stage = space.active_entries(self.counts(step)[name])
             num_parameters -= sum(space.active_entries(space.num_units).values()) - sum(in_stage.values())
-            can_be_taken_out = isinstance(space, AxisUnits) or (isinstance(space, MatrixUnits) and space.tile > 1)
-            if with_dense_gradients and self.is_compact and can_be_taken_out:
+            if with_dense_gradients and self.takes_out(space):
                 continue
             entries |= active
             if isinstance(space, AxisUnits) and space.part == "attention":
                 attention = self.anatomy.blocks[space.block].attention
-                axes = {**space.axes, space.axis: num_active}
-                widths[space.block] = math.prod(axes[axis] for axis in attention.heads) * axes[attention.head_dim]
+                widths[space.block] = attention.width({**space.axes, space.axis: num_active})
         return Active(
             entries=entries,
             widths=widths,

@@ -55,6 +55,11 @@ class UnitSpace:
         raise NotImplementedError
 
     @property
+    def is_separable(self) -> bool:
+        """Whether units that are off can be taken out of the model, so that its products are smaller."""
+        raise NotImplementedError
+
+    @property
     def shape(self) -> tuple[int, int]:
         """The shape of the matrix that a distribution over layers goes by, outputs first."""
         raise NotImplementedError
@@ -130,6 +135,11 @@ class AxisUnits(UnitSpace):
         return tuple(carrier.name for carrier in self.carriers)
 
     @property
+    def is_separable(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def shape(self) -> tuple[int, int]:
         """The shape of the matrix on the units' output side."""
         carrier = next(carrier for carrier in self.carriers if carrier.is_output)
@@ -154,7 +164,7 @@ class AxisUnits(UnitSpace):
     def magnitude(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the product of the norms of what goes into a unit and of what comes out of it.
 
-        A unit can be rescaled between the two without changing the model; neither norm by itself means anything.
+        What a unit contributes goes through both; neither norm by itself says how much.
         """
         sides = [
             torch.stack([self._squares(carrier, tensors[carrier.name]) for carrier in side]).sum(0).sqrt()
@@ -213,6 +223,11 @@ class MatrixUnits(UnitSpace):
     def names(self) -> tuple[str, ...]:
         """The matrix."""
         return (self.parameter,)
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether they are tiles."""
+        return self.tile > 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -282,7 +297,12 @@ def _spaces_of_part(anatomy: Anatomy, part: Part, units: str, tile: int, quantum
     if units == "dense":
         return
     if part == "head":
-        for name in head_matrices(anatomy):
+        matrices = head_matrices(anatomy)
+        if not matrices:
+            raise UnitsError(
+                f'This {anatomy.family} model has no head whose entries could be off. Use head_units="dense".'
+            )
+        for name in matrices:
             yield _matrix_units(anatomy, name, part, units, tile)
         return
     for index in range(len(anatomy.blocks)):
@@ -302,13 +322,12 @@ def part_axis(anatomy: Anatomy, index: int, part: Part) -> str:
 def part_matrices(anatomy: Anatomy, index: int, part: Part) -> list[str]:
     """Return the matrices of a block's feed-forward network or attention that its tokens pass through."""
     block, axis = anatomy.blocks[index], part_axis(anatomy, index, part)
-    places = {block.place, block.attention.place}
     return [
         name
         for name, layout in anatomy.parameters.items()
         if layout.block == index
         and layout.is_matrix
-        and layout.place in places
+        and layout.place in block.token_places
         and any(axis in dim.names for dim in layout.dims)
     ]
 
@@ -374,6 +393,12 @@ def _matrix_units(anatomy: Anatomy, name: str, part: Part, units: str, tile: int
                 f'{units!r}. Use another number, or "element".'
             )
         return MatrixUnits(num_groups=rows * columns // of, num_units=of, weights_per_unit=1, quota=num_kept, **common)
+    block, local = anatomy.split_name(name)
+    if block is not None and local in block.inlined:
+        raise UnitsError(
+            f"{name} of this {anatomy.family} model is multiplied by something else than its own layer, which could "
+            f'not be told to do so in tiles. Use {part}_units="element", or another.'
+        )
     if rows % tile or columns % tile:
         raise UnitsError(
             f"{name} of this {anatomy.family} model is {rows} x {columns}, which cannot be cut into tiles of {tile} x "

@@ -114,5 +114,5 @@ class GroupedForward:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by its weight, adds its bias and does nothing else."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether a module is a linear layer of torch, or transformers' ``Conv1D``, which is one stored inputs first."""
+    return type(module) is nn.Linear or type(module).__qualname__ == "Conv1D"
