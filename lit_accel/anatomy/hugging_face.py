@@ -11,7 +11,7 @@ from torch import nn
 
 from lit_accel.anatomy.base import Anatomy, AnatomyError, Attention, Block, Residual, Size
 from lit_accel.anatomy.build import build_without_init
-from lit_accel.anatomy.hugging_face_attention import attend_with
+from lit_accel.anatomy.hugging_face_attention import attend_with, own_implementation
 from lit_accel.anatomy.layouts import Entry, read_layouts, tied_groups
 
 
@@ -126,7 +126,9 @@ class HuggingFaceFamily:
         return self.heads.get(name), None
 
     def _build(self, model: nn.Module, size: Size) -> nn.Module:
-        config = copy.deepcopy(model.config)
+        config: Any = copy.deepcopy(model.config)
+        # Another kernel is for the model that it was given to.
+        config._attn_implementation = own_implementation(model, config._attn_implementation)
         self.resize(config, size)
         resized = build_without_init(lambda: type(model)(config))
         generation_config = getattr(model, "generation_config", None)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from lit_accel.anatomy.base import AttentionKernel
+
+_OWN: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
 def attend_with(model: nn.Module, kernel: AttentionKernel) -> Callable[[], None]:
@@ -34,6 +37,9 @@ def attend_with(model: nn.Module, kernel: AttentionKernel) -> Callable[[], None]
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
+            # A cache of fixed length that is being filled: what comes after the queries is still empty.
+            key, value = (x[:, :, : query.shape[2]] for x in (key, value))
         out = kernel(query, key, value, attention_mask, scale=scaling, dropout=dropout, training=bool(module.training))
         return out.transpose(1, 2).contiguous(), None
 
@@ -48,12 +54,24 @@ def attend_with(model: nn.Module, kernel: AttentionKernel) -> Callable[[], None]
         own._attn_implementation = name
     for module, config in before:
         module.config = copies[id(config)]
+    _OWN[model] = getattr(before[0][1], "_attn_implementation", None)
 
     def undo() -> None:
+        _OWN.pop(model, None)
         for module, config in before:
             module.config = config
 
     return undo
+
+
+def own_implementation(model: nn.Module, present: str | None) -> str | None:
+    """Return the name of a model's own attention, whichever it attends by now.
+
+    Args:
+        model: The model.
+        present: The name that its configuration has.
+    """
+    return _OWN.get(model, present)
 
 
 def _config_of(module: nn.Module) -> Any:

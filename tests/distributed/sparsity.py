@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import weakref
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -69,6 +70,10 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> int:
     return int.from_bytes(digest.digest(), "little") >> 2
 
 
+def copy(masks: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: mask.clone() for name, mask in masks.items()}
+
+
 def optimizer_tensors(state: dict[str, Any]) -> list[torch.Tensor]:
     return [value for of_one in state["state"].values() for _, value in sorted(of_one.items())]
 
@@ -78,22 +83,30 @@ class Watch(L.Callback):
 
     Args:
         method: The method.
-        notes: Where rank 0 writes a line a step: step, digest of the masks, active units of a group by space, replaced
-            units, entries that the module holds, and fingerprints of its state and of the optimizer's.
+        notes: Where rank 0 writes a line a step: step, digest of the masks, active units of a group by space, units
+            switched on in this step, entries that the module holds, and fingerprints of the masks, of the module's
+            state and of the optimizer's.
     """
 
     def __init__(self, method: MixedSparsityTraining, notes: Path) -> None:
         self.method, self.notes = method, notes
-        self.step = -1
 
     def on_train_start(self, trainer, pl_module):
         self.step = trainer.global_step
+        self.wrapper = weakref.ref(trainer.strategy.model)
+        self.masks = copy(self.method.masks)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         step, self.step = self.step, trainer.global_step
         if step == self.step:
             return
-        masks = self.method.masks
+        if self.wrapper() is not trainer.strategy.model:
+            # Another one of DDP, and nothing holds the buckets of the old one.
+            assert self.wrapper() is None
+            self.wrapper = weakref.ref(trainer.strategy.model)
+        before, masks = self.masks, self.method.masks
+        self.masks = copy(masks)
+        num_grown = sum(int((mask & ~before[name]).sum()) for name, mask in masks.items())
         counts = {name: mask.sum(1) for name, mask in masks.items()}
         assert all((number == number[0]).all() for number in counts.values())
         numbers = {name: int(number[0]) for name, number in counts.items()}
@@ -108,9 +121,8 @@ class Watch(L.Callback):
         assert (gathered == torch.tensor(marks)).all(), f"ranks differ after step {step}: {gathered.tolist()}"
         if trainer.is_global_zero:
             held = sum(parameter.numel() for parameter in pl_module.parameters())
-            replaced = self.method.state_dict()["replaced"]
             with self.notes.open("a") as file:
-                json.dump([step, marks[0], list(numbers.values()), replaced, held, *marks[2:]], file)
+                json.dump([step, marks[0], list(numbers.values()), num_grown, held, *marks[2:]], file)
                 file.write("\n")
 
 
@@ -156,10 +168,9 @@ def trainer_for(folder: Path, strategy: str, callbacks: list[L.Callback], **opti
         strategy=STRATEGIES[strategy](),
         devices=int(os.environ.get("WORLD_SIZE", 1)),
         use_distributed_sampler=False,
-        max_steps=STEPS,
         max_epochs=-1,
         log_every_n_steps=1,
-        **{"limit_val_batches": 0, **options},
+        **{"max_steps": STEPS, "limit_val_batches": 0, **options},
     )
 
 
@@ -208,7 +219,7 @@ def disagreeing(folder: Path, rules: dict[str, Any], *others: L.Callback, what: 
     module = Sparse()
     method = MixedSparsityTraining(**{**RULES, **rules})
     before = {key: value.shape for key, value in module.state_dict().items()}
-    with pytest.raises(RuntimeError, match=f"Ranks 1 and rank 0 disagree about the {what} of step {num_steps}"):
+    with pytest.raises(RuntimeError, match=f"Ranks 1 and rank 0 disagree about the {what}.*step {num_steps}"):
         trainer_for(folder, "ddp", [*others, method]).fit(module, data())
     assert len(module.losses) == num_steps + bool(num_steps)
     assert {key: value.shape for key, value in module.state_dict().items()} == before
@@ -271,6 +282,34 @@ def on_two_processes_that_disagree(folder: Path) -> None:
     # What DDP sends in its place is the same on both; what they choose by is not.
     for kind in KINDS:
         disagreeing(folder, KINDS[kind], Perturb(6), what="units that are on", num_steps=6)
+
+
+def on_two_processes_with_checkpoints_of_their_own(folder: Path, step: int) -> None:
+    """As where each machine has a disk of its own, and files of different runs on it."""
+    faulthandler.dump_traceback_later(100, exit=True)
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    trainer = trainer_for(folder, "ddp", [MixedSparsityTraining(**RULES)], max_steps=step)
+    trainer.fit(Sparse(), data())
+    trainer.save_checkpoint(folder / "both.ckpt")
+    checkpoint = torch.load(folder / "both.ckpt", weights_only=True)
+    if rank:
+        flip(checkpoint["callbacks"])
+    torch.save(checkpoint, folder / f"{rank}.ckpt")
+    module = Sparse()
+    trainer = trainer_for(folder, "ddp", [MixedSparsityTraining(**RULES)])
+    with pytest.raises(RuntimeError, match="Ranks 1 and rank 0 disagree about the units"):
+        trainer.fit(module, data(), ckpt_path=folder / f"{rank}.ckpt")
+    assert not module.losses
+
+
+def flip(state: Any) -> None:
+    """Turn around all boolean tensors in a state: as many units are on, but other ones."""
+    for key, value in list(state.items()):
+        if isinstance(value, dict):
+            flip(value)
+        elif isinstance(value, torch.Tensor) and value.dtype == torch.bool:
+            state[key] = value.flip(1)
 
 
 def killed(folder: Path, strategy: str, kill: tuple[int, str | None] | None, resume: bool) -> None:

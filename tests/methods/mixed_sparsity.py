@@ -38,7 +38,16 @@ def method(**given) -> MixedSparsityTraining:
 class AnyFamily(TinyModule):
     """A user's module of any family. Data is taken by the batch's index, so that a run can go on within an epoch."""
 
-    def __init__(self, name="gpt2-tied", blocks=2, make_optimizer=None, checkpointing=None, dropout=0.0, **kwargs):
+    def __init__(
+        self,
+        name="gpt2-tied",
+        blocks=2,
+        make_optimizer=None,
+        checkpointing=None,
+        dropout=0.0,
+        cache=True,
+        **kwargs,
+    ):
         super().__init__(**{"lr": 3e-3, **kwargs})
         self.is_vision = name in VISION_ZOO
         size = {**SIZE, "blocks": 1 if "swin" in name else blocks, **({} if self.is_vision else {"vocab": 64})}
@@ -46,6 +55,8 @@ class AnyFamily(TinyModule):
         self.net = make_model(name, dtype=dtype, seed=seed, **size).train()
         if checkpointing is not None:
             self.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        if not cache and hasattr(self.net, "config"):
+            self.net.config.use_cache = False
         for module in self.net.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = dropout
@@ -212,8 +223,14 @@ class Watch(L.Callback):
         self.masks: dict[int, dict[str, torch.Tensor]] = {}
         self.digests: dict[int, int] = {}
 
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        self.step = trainer.global_step
+
     def on_train_batch_end(self, trainer, pl_module, *_):
-        step = trainer.global_step - 1
+        step = self.step
+        if trainer.global_step == step:
+            # Of several micro-batches the last one makes the step.
+            return
         self.masks[step] = {name: mask.clone() for name, mask in self.of.masks.items()}
         self.digests[step] = self.of.digest
 

@@ -15,6 +15,7 @@ from lit_accel.anatomy import anatomy_of
 from lit_accel.draws import generator
 from lit_accel.methods.mixed_sparsity import AttentionPattern
 from lit_accel.methods.mixed_sparsity.attention import PATTERNS
+from lit_accel.methods.mixed_sparsity.flex import flex
 from tests.models import make_config, make_model, relative_error, tokens
 
 # What each query i sees of the keys j <= i, by the definition of Sparse Transformers.
@@ -132,6 +133,14 @@ def test_so_does_torch_see_it(kind):
 
 @KINDS
 @pytest.mark.parametrize("window", [5, 8])
+def test_double_precision(kind, window):
+    inputs = qkv(29, dtype=torch.float64)
+    actual = AttentionPattern(kind, window)(*inputs, None)
+    assert_same(inputs, actual, reference(*inputs, allowed(kind, window, 29)), tolerance=1e-12)
+
+
+@KINDS
+@pytest.mark.parametrize("window", [5, 8])
 def test_half_precision(kind, window):
     inputs = qkv(29, dtype=torch.bfloat16)
     actual = AttentionPattern(kind, window)(*inputs, None)
@@ -193,6 +202,30 @@ def test_keys_of_a_cache(kind, num_queries):
     whole = pattern(query, key, value, None)
     part = pattern(query[:, :, -num_queries:], key, value, None)
     torch.testing.assert_close(part, whole[:, :, -num_queries:], rtol=1e-5, atol=1e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("form", ["bool", "float"])
+def test_keys_of_a_cache_that_is_not_full(kind, form):
+    """Of a fixed length: where a query is, only its mask says, and the second sequence began three tokens later."""
+    num_keys, filled, num_queries = 24, 15, 4
+    inputs = qkv(num_keys, heads=4, kv_heads=2, num_queries=num_queries)
+    mask = padding_mask(num_keys, 3)[:, :, filled - num_queries : filled]
+    both = allowed(kind, 4, num_keys)[filled - num_queries : filled] & mask
+    given_mask = mask if form == "bool" else torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    assert_same(inputs, AttentionPattern(kind, 4)(*inputs, given_mask), reference(*inputs, both))
+
+
+@KINDS
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize(("window", "num_tokens"), [(8, 128), (128, 300)])
+def test_the_kernel_of_accelerators(kind, window, num_tokens):
+    """Here it is not compiled and has no backward pass: only that it is given the same pattern."""
+    query, key, value = (x.detach() for x in qkv(num_tokens, heads=4, kv_heads=2, head_dim=16))
+    pattern = AttentionPattern(kind, window)
+    actual = flex(pattern, query, key, value, 0.3)
+    expected = reference(query, key, value, allowed(kind, window, num_tokens), 0.3)
+    assert (actual - expected).abs().max() < 1e-5
 
 
 @KINDS
@@ -300,6 +333,21 @@ def test_a_model_that_generates_with_a_cache(name, kind):
     assert relative_error(torch.cat(parts, 1), whole) < 1e-5
 
 
+@MODELS
+@pytest.mark.parametrize("in_evaluation", [True, False])
+def test_a_model_whose_cache_has_a_fixed_length(name, in_evaluation):
+    """While it is empty there is no mask, and the queries are at its beginning."""
+    model = model_of(name).eval()
+    x = tokens(model, length=14)
+    anatomy_of(model).attend(model, AttentionPattern("union", 4, in_evaluation))
+    cache, parts = transformers.StaticCache(model.config, max_cache_len=20), []
+    with torch.no_grad():
+        whole = model(input_ids=x, use_cache=False).logits
+        for part in x.split([9, 1, 4], 1):
+            parts.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits)
+    assert relative_error(torch.cat(parts, 1), whole) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["gpt2-tied", "llama-gqa"])
 def test_a_model_in_evaluation_and_its_own_dropout(name):
     config = make_config(name, **SIZE)
@@ -344,8 +392,14 @@ def test_nothing_of_it_is_saved(name, tmp_path):
     assert loaded.config._attn_implementation == model.config._attn_implementation == "sdpa"
 
 
-def test_two_models_attend_each_in_its_own_way():
+@pytest.mark.parametrize("share_config", [False, True])
+def test_two_models_attend_each_in_its_own_way(share_config):
     dense, near, far = (model_of("gpt2-tied") for _ in range(3))
+    if share_config:
+        config = dense.config
+        near, far = (type(dense)(config).train() for _ in range(2))
+        for model in (near, far):
+            model.load_state_dict(dense.state_dict())
     undo = anatomy_of(near).attend(near, AttentionPattern("window", 3))
     anatomy_of(far).attend(far, AttentionPattern("window", 9))
     x = tokens(dense, length=14)
@@ -355,6 +409,8 @@ def test_two_models_attend_each_in_its_own_way():
     undo()
     assert torch.equal(near(input_ids=x).logits, logits[0])
     assert torch.equal(far(input_ids=x).logits, logits[2])
+    if share_config:
+        assert near.config is dense.config
 
 
 def test_only_causal_models_can():

@@ -84,7 +84,10 @@ def test_every_step_is_in_the_last_stage_that_has_started(schedule):
 @given(schedules())
 def test_the_topology_changes_where_sparsity_does_and_at_multiples_before_restoration(schedule):
     """A new sparsity does not wait for the next multiple, as it does in the published code."""
-    falls = [s for s in range(1, schedule.num_steps + 1) if schedule.sparsity(s) < schedule.sparsity(s - 1)]
+    slopes = {step: schedule.sparsity(step) - schedule.sparsity(step - 1) for step in range(1, schedule.num_steps + 1)}
+    last_rise = max((step for step, slope in slopes.items() if slope > 0), default=0)
+    # Where sparsity rises once more, units are still dropped.
+    falls = [step for step, slope in slopes.items() if slope < 0 and step > last_rise]
     assert schedule.restoration_start == (falls[0] if falls else None)
     end = falls[0] if falls else schedule.num_steps
     for step in range(schedule.num_steps):
@@ -123,6 +126,14 @@ def test_nothing_is_dropped_in_restoration():
         change = planned_change(num_units, active[step - 1], active[step], schedule.drop_fraction_at(step))
         assert change.num_dropped == 0
         assert (change.num_grown > 0) == schedule.is_event(step)
+
+
+def test_between_two_rises_units_are_replaced_and_dropped():
+    schedule = SparsitySchedule.of([(0, 0.8), (20, 0.4), (40, 0.8), (80, 0.0)], 100, update_every=10)
+    assert schedule.restoration_start == 80
+    assert [step for step in range(100) if schedule.is_event(step)] == list(range(0, 90, 10))
+    assert SparsitySchedule.of([(0, 0.8), (20, 0.4), (40, 0.8)], 100).restoration_start is None
+    assert SparsitySchedule.of([(0, 0.8), (20, 0.4), (40, 0.4), (60, 0.0)], 100).restoration_start == 20
 
 
 # Shares that are replaced
@@ -193,14 +204,17 @@ SHAPES = st.dictionaries(
 DISTRIBUTIONS = st.sampled_from(["uniform", "er", "erk"])
 
 
-@given(SHAPES, st.floats(0, 0.99), DISTRIBUTIONS)
-def test_densities_are_shares_and_leave_the_wanted_number_on(shapes, sparsity, distribution):
-    density = densities(shapes, sparsity, distribution)
-    assert density.keys() == shapes.keys()
-    assert all(0 < share <= 1 for share in density.values())
+@given(SHAPES, st.floats(0, 0.99), DISTRIBUTIONS, st.data())
+def test_densities_are_shares_and_leave_the_wanted_number_on(shapes, sparsity, distribution, data):
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    on = sum(density[name] * size for name, size in sizes.items())
-    assert on == pytest.approx((1 - sparsity) * sum(sizes.values()))
+    # Neurons switch entries of several matrices at once.
+    switched = {name: size * data.draw(st.integers(1, 4)) for name, size in sizes.items()}
+    for counted in (None, switched):
+        density = densities(shapes, sparsity, distribution, counted)
+        assert density.keys() == shapes.keys()
+        assert all(0 < share <= 1 for share in density.values())
+        on = sum(density[name] * size for name, size in (counted or sizes).items())
+        assert on == pytest.approx((1 - sparsity) * sum((counted or sizes).values()))
 
 
 @given(SHAPES, st.floats(0, 0.99))

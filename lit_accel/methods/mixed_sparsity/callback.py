@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 from lightning.pytorch.strategies import DDPStrategy
@@ -13,22 +13,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_accel.anatomy import Anatomy, TransformerFollower, anatomy_of, find_transformer, uses_activation_checkpointing
+from lit_accel.methods.mixed_sparsity.arguments import check_choices, check_numbers, check_stages, check_units
 from lit_accel.methods.mixed_sparsity.attention import AttentionPattern, PatternName
 from lit_accel.methods.mixed_sparsity.distribution import Distribution
 from lit_accel.methods.mixed_sparsity.dynamics import DynamicSparsity, digest_of
 from lit_accel.methods.mixed_sparsity.presets import DEFAULTS, PRESETS, PresetName
 from lit_accel.methods.mixed_sparsity.refusals import (
-    check_choices,
     check_counts,
     check_graphs,
     check_masks,
     check_model,
-    check_numbers,
     check_optimizers,
     check_pattern,
     check_resizes,
     check_trainer,
-    check_units,
 )
 from lit_accel.methods.mixed_sparsity.schedule import DEFAULT_STAGES, SparsitySchedule
 from lit_accel.methods.mixed_sparsity.sparse_model import Execution
@@ -89,7 +87,7 @@ class MixedSparsityTraining(L.Callback):
         quantum: Numbers of active neurons are multiples of it, and at least it.
         block_size: Side of a tile.
         attention_pattern: ``"window"``, ``"strided"``, ``"fixed"`` or ``"union"`` (window or strided), of causal
-            models; ``None`` for dense attention throughout. Default: ``None``.
+            models; ``"dense"`` for dense attention throughout. Default: ``"dense"``.
         attention_window: Window, stride or chunk of the pattern, in tokens.
         attention_phase: First step that follows the pattern, and the first one after.
         evaluate_pattern: Whether evaluation follows the pattern too, in that phase.
@@ -119,7 +117,7 @@ class MixedSparsityTraining(L.Callback):
         distribution: Distribution | None = None,
         quantum: int = 16,
         block_size: int = 64,
-        attention_pattern: PatternName | None = None,
+        attention_pattern: PatternName | Literal["dense"] | None = None,
         attention_window: int = 128,
         attention_phase: tuple[int | float, int | float] = (0.06, 0.80),
         evaluate_pattern: bool = True,
@@ -127,11 +125,12 @@ class MixedSparsityTraining(L.Callback):
         preset: PresetName | None = None,
         seed: int = 0,
     ) -> None:
-        if preset is not None and preset not in PRESETS:
-            raise ValueError(f"preset is {preset!r}; there is {', '.join(map(repr, PRESETS))}, or None.")
+        if preset is not None and preset not in list(PRESETS):
+            raise ValueError(f"preset is {preset!r}; it is one of {', '.join(map(repr, PRESETS))}, or None.")
         chosen = {**DEFAULTS, **(PRESETS[preset] if preset is not None else {})}
         given = DEFAULT_STAGES if stages is None else stages
-        self.stages: list[tuple[int | float, float]] = [tuple(stage) for stage in given]  # type: ignore[misc]
+        check_stages(given)
+        self.stages: list[tuple[int | float, float]] = [(start, sparsity) for start, sparsity in given]
         self.ffn_units: str = chosen["ffn_units"] if ffn_units is None else ffn_units
         self.attention_units: str = chosen["attention_units"] if attention_units is None else attention_units
         self.head_units: str = chosen["head_units"] if head_units is None else head_units
@@ -141,18 +140,22 @@ class MixedSparsityTraining(L.Callback):
         self.distribution: Distribution = chosen["distribution"] if distribution is None else distribution
         self.quantum = quantum
         self.block_size = block_size
-        self.attention_pattern: PatternName | None = (
-            chosen["attention_pattern"] if attention_pattern is None else attention_pattern
-        )
+        pattern = chosen["attention_pattern"] if attention_pattern is None else attention_pattern
         self.attention_window = attention_window
-        self.attention_phase = tuple(attention_phase)
         self.evaluate_pattern = evaluate_pattern
         self.execution: Execution = execution
         self.seed = seed
         check_units(self.ffn_units, self.attention_units, self.head_units)
-        counts = {"quantum": quantum, "block_size": block_size, "attention_window": attention_window}
-        check_numbers(self.stages, update_every, drop_fraction, gradient_share, counts)
-        check_choices(self.distribution, execution, self.attention_pattern, self.attention_phase)
+        counts = {
+            "update_every": update_every,
+            "quantum": quantum,
+            "block_size": block_size,
+            "attention_window": attention_window,
+        }
+        check_numbers(drop_fraction, gradient_share, seed, counts)
+        check_choices(self.distribution, execution, pattern, attention_phase)
+        self.attention_pattern: PatternName | None = None if pattern == "dense" else pattern
+        self.attention_phase = tuple(attention_phase)
         self.targets: Targets | None = None
         """The schedule on the model's units; known once the length of the run is."""
         self._clear()
@@ -163,6 +166,7 @@ class MixedSparsityTraining(L.Callback):
         self._follower: TransformerFollower | None = None
         self._loaded_rules: dict[str, Any] = {}
         self._num_reshapings = 0
+        self._present_step = 0
         self._step = 0
 
     @property
@@ -247,8 +251,8 @@ class MixedSparsityTraining(L.Callback):
         last = targets.schedule.sparsity(max(int(num_steps) - 1, 0))
         if last > 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
-                f"The last stage has the sparsity {last}: the run will end with units switched off, in a model that is "
-                "as large as a dense one. Let stages end with a sparsity of 0, some steps before the end."
+                f"The last steps of the run have the sparsity {last}: it will end with units switched off, in a model "
+                "that is as large as a dense one. Let stages end with a sparsity of 0, some steps before the end."
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -257,13 +261,15 @@ class MixedSparsityTraining(L.Callback):
             self._plan(trainer, pl_module)
         assert self.targets is not None
         check_optimizers(trainer)
-        num_tokens = self.targets.anatomy.num_tokens or getattr(
-            getattr(trainer, "datamodule", None), "block_size", None
-        )
+        data = getattr(trainer, "datamodule", None)
+        num_tokens = self.targets.anatomy.num_tokens or getattr(data, "block_size", None)
         if num_tokens is None or not self._ever_sparse:
             return
-        transformer = find_transformer(pl_module)[1]
-        shares = self.targets.shares(num_tokens, activation_checkpointing=uses_activation_checkpointing(transformer))
+        shares = self.targets.shares(
+            num_tokens,
+            activation_checkpointing=uses_activation_checkpointing(find_transformer(pl_module)[1]),
+            num_sequences=getattr(data, "batch_size", 1),
+        )
         rank_zero_info(
             f"{type(self).__name__} alone will cost {shares.dense:.1%} of the FLOPs of a dense run; "
             f"{shares.masked:.1%} were the model's head as sparse as its blocks, {shares.excluded:.1%} without it."
@@ -280,6 +286,7 @@ class MixedSparsityTraining(L.Callback):
         self._loaded_rules = {}
         self._step = trainer.global_step
         self._follower = TransformerFollower(pl_module, self._follow)
+        self._compare_ranks(trainer)
 
     def _follow(self, transformer: nn.Module) -> None:
         """Turn to a transformer: the first one, or, while all units are on, one of another size."""
@@ -288,6 +295,7 @@ class MixedSparsityTraining(L.Callback):
         if anatomy.size != self.targets.anatomy.size:
             self.targets = self._targets_of(anatomy, self.targets.schedule.num_steps)
         state, self._state = self._state, None
+        is_replaced = self._sparsity is not None
         if self._sparsity is not None:
             self._sparsity.close()
             state = {**self._sparsity.to_state(), "masks": None}
@@ -295,6 +303,9 @@ class MixedSparsityTraining(L.Callback):
             check_masks(state["masks"], self.targets)
         self._sparsity = DynamicSparsity(transformer, self.targets, self.execution, self.seed, state)
         self._num_reshapings = 0
+        if is_replaced:
+            # Perhaps after this step has begun; its optimizers are still to be made.
+            self._sparsity.begin_step(self._present_step, [])
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave a whole model behind; Lightning does not call ``teardown`` then."""
@@ -318,6 +329,7 @@ class MixedSparsityTraining(L.Callback):
         """Switch units that need no gradient to choose; put all back into the model where one is needed."""
         if self._follower is None:
             return
+        self._present_step = trainer.global_step
         self._follower.refresh()
         assert self._sparsity is not None
         if self._sparsity.begin_step(trainer.global_step, trainer.optimizers):
@@ -396,16 +408,21 @@ class MixedSparsityTraining(L.Callback):
             "distribution",
             "quantum",
             "block_size",
-            "attention_pattern",
-            "attention_window",
-            "evaluate_pattern",
             "execution",
             "seed",
         )
         targets = self.targets
         stages = [] if targets is None else [*zip(targets.schedule.starts, targets.schedule.sparsities, strict=True)]
-        phase = None if targets is None else list(targets.pattern_steps)
-        return {**{name: getattr(self, name) for name in names}, "stages": list(map(list, stages)), "phase": phase}
+        has_pattern = self.attention_pattern is not None
+        return {
+            **{name: getattr(self, name) for name in names},
+            "stages": list(map(list, stages)),
+            "attention_pattern": self.attention_pattern,
+            # Without a pattern they have no meaning.
+            "attention_window": self.attention_window if has_pattern else None,
+            "evaluate_pattern": self.evaluate_pattern if has_pattern else None,
+            "phase": list(targets.pattern_steps) if has_pattern and targets is not None else None,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the masks, and the rules for comparison.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback
 
@@ -58,7 +58,7 @@ class MixedSparsityMixin:
         mst_distribution: Distribution | None = None,
         mst_quantum: int = 16,
         mst_block_size: int = 64,
-        mst_attention_pattern: PatternName | None = None,
+        mst_attention_pattern: PatternName | Literal["dense"] | None = None,
         mst_attention_window: int = 128,
         mst_attention_phase: tuple[int | float, int | float] = (0.06, 0.80),
         mst_evaluate_pattern: bool = True,

@@ -10,7 +10,7 @@ DEFAULTS: dict[str, Any] = {
     "attention_units": "head",
     "head_units": "dense",
     "distribution": "uniform",
-    "attention_pattern": None,
+    "attention_pattern": "dense",
 }
 PRESETS: dict[PresetName, dict[str, Any]] = {
     # What the paper masks: all matrices by entries, the tied head and with it the embeddings too, and attention to near

@@ -84,8 +84,8 @@ class Targets:
         """Whether an update has a choice to make by gradient, for which the whole model's must be computed."""
         return any(
             math.floor(self.gradient_share * change.num_grown + 1e-9) > 0
-            # Where all that are off come back, there is nothing to choose.
-            and change.num_active < self.spaces[name].num_units
+            # Where all that were off come back, there is nothing to choose.
+            and change.num_active + change.num_dropped < self.spaces[name].num_units
             for name, change in changes.items()
         )
 
@@ -138,6 +138,7 @@ class Targets:
         num_tokens: int,
         counted: CountedPairs = "exact",
         activation_checkpointing: bool = False,
+        num_sequences: int = 1,
     ) -> Shares:
         """Return what a run costs in parts of a dense one, by three ways to count the model's head.
 
@@ -145,13 +146,15 @@ class Targets:
             num_tokens: Tokens of a sequence.
             counted: Which pairs dense attention is charged for. A pattern is charged for its own either way.
             activation_checkpointing: Whether blocks compute their forward pass once more in the backward pass.
+            num_sequences: Sequences of a batch. It matters where something is paid once a batch, as SwinV2's table of
+                relative positions is.
         """
 
         def cost(active: Active | None) -> HeadAccountings:
             flops, whole = (
                 training_flops(
                     self.anatomy,
-                    1,
+                    num_sequences,
                     num_tokens,
                     attention=counted,
                     activation_checkpointing=activation_checkpointing,
