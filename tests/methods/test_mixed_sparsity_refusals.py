@@ -138,9 +138,15 @@ def refuse(folder, callbacks, messages, module=None, error=MisconfigurationExcep
         ),
         (
             {"attention_units": "block", "block_size": 16, "stages": [(0, 0.0), (2, 0.6)]},
-            [r"sparsity of 0\.6 would leave .*c_attn\.weight empty: none of the 1 tiles of a row", "smaller block_size"],
+            [
+                r"sparsity of 0\.6 would leave .*c_attn\.weight empty: none of the 1 tiles of a row",
+                "smaller block_size",
+            ],
         ),
-        ({"head_units": "element", "stages": [(0, 0.9999)]}, [r"transformer\.wte\.weight empty: none of the 1024 entries"]),
+        (
+            {"head_units": "element", "stages": [(0, 0.9999)]},
+            [r"transformer\.wte\.weight empty: none of the 1024 entries"],
+        ),
     ],
     ids=["entries", "er", "tiles", "a single tile", "head"],
 )
