@@ -12,6 +12,7 @@ else who holds them need not know. State dicts of model and optimizer are always
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -365,7 +366,7 @@ class _TakeModel:
         return _TakeModel, ()
 
 
-class _OptimizerHook:
+class _OptimizerHook(ABC):
     """What an optimizer's state dict goes through, entry by entry of compact parameters; nothing in copies.
 
     Args:
@@ -390,9 +391,9 @@ class _OptimizerHook:
                 }
         return {**state_dict, "state": states}
 
+    @abstractmethod
     def convert(self, model: SparseModel, name: str, value: Tensor) -> Tensor:
         """Return an entry of a parameter's state in another form."""
-        raise NotImplementedError
 
     def __reduce__(self) -> tuple[type[_OptimizerHook], tuple[()]]:
         return type(self), ()

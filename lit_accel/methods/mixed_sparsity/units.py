@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +29,7 @@ class UnitsError(ValueError):
 
 
 @dataclass(frozen=True)
-class UnitSpace:
+class UnitSpace(ABC):
     """Units of one place of a model.
 
     Args:
@@ -50,35 +51,35 @@ class UnitSpace:
     minimum: int = 1
 
     @property
+    @abstractmethod
     def names(self) -> tuple[str, ...]:
         """The parameters that its units are in."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def is_separable(self) -> bool:
         """Whether units that are off can be taken out of the model, so that its products are smaller."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """The shape of the matrix that a distribution over layers goes by, outputs first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def magnitude(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return how large the weights of each unit are, shape (groups, units)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradient(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Return how large the gradients of each unit's weights are, shape (groups, units)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def active_entries(self, num_active: int) -> dict[str, int]:
         """Return how many entries of each parameter are on.
 
         Args:
             num_active: Units of a group that are on.
         """
-        raise NotImplementedError
 
     def num_active(self, density: float) -> int:
         """Return how many units of a group are on.
