@@ -88,7 +88,7 @@ class UnitSpace(ABC):
             density: The share that should be, in (0, 1].
 
         Returns:
-            The nearest number that is allowed; halves are rounded up.
+            The nearest number, halves rounded up, and of it the nearest multiple of the quantum; at least the minimum.
         """
         if density >= 1:
             return self.num_units
