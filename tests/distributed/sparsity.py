@@ -249,6 +249,8 @@ SETTINGS: dict[str, tuple[Any, Any]] = {
 }
 
 
+OF_PATTERNS = {"attention_window", "attention_phase", "evaluate_pattern"}
+
 # Of DDP; each with the same result.
 OPTIONS = ("resizable", "views", "unused", "static")
 
@@ -278,7 +280,9 @@ def on_two_processes_that_disagree(folder: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     for name, values in SETTINGS.items():
-        disagreeing(folder, {name: values[rank]}, what="rules of mixed sparsity")
+        # What says how to attend by a pattern matters where there is one.
+        pattern = {"attention_pattern": "window"} if name in OF_PATTERNS else {}
+        disagreeing(folder, {**pattern, name: values[rank]}, what="rules of mixed sparsity")
     # What DDP sends in its place is the same on both; what they choose by is not.
     for kind in KINDS:
         disagreeing(folder, KINDS[kind], Perturb(6), what="units that are on", num_steps=6)

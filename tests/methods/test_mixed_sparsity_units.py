@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lit_accel.anatomy import anatomy_of, positions_along
 from lit_accel.anatomy.axes import Dim
 from lit_accel.draws import generator
-from lit_accel.methods.mixed_sparsity import AxisUnits, MatrixUnits, UnitsError, UnitSpace, spaces_of
+from lit_accel.methods.mixed_sparsity import AxisUnits, MatrixUnits, UnitsError, spaces_of
 from tests.methods.sparse_units import (
     HEADS,
     KINDS,
@@ -307,13 +307,13 @@ def half_up(number):
 )
 @settings(max_examples=300)
 def test_numbers_are_rounded_to_units_and_then_to_the_quantum(num_units, quantum, minimum, density):
-    space = UnitSpace("s", "ffn", 1, num_units, 1, quantum, minimum * quantum)
+    space = AxisUnits("s", "ffn", 1, num_units, 1, quantum, minimum * quantum)
     expected = half_up(Fraction(half_up(density * num_units), quantum)) * quantum if density < 1 else num_units
     assert space.num_active(float(density)) == min(max(expected, minimum * quantum), num_units)
 
 
 def test_numbers_by_hand():
-    neurons = UnitSpace("s", "ffn", 1, 3072, 1, 16, 16)
+    neurons = AxisUnits("s", "ffn", 1, 3072, 1, 16, 16)
     assert [neurons.num_active(density) for density in (1, 0.7, 0.4, 0.2, 0.1, 0.001)] == [
         3072,
         2144,
@@ -322,7 +322,7 @@ def test_numbers_by_hand():
         304,
         16,
     ]
-    heads = UnitSpace("s", "attention", 1, 12, 1)
+    heads = AxisUnits("s", "attention", 1, 12, 1)
     assert [heads.num_active(density) for density in (1, 0.7, 0.4, 0.2, 0.1, 0.001)] == [12, 8, 5, 2, 1, 1]
     # A quantum as large as the layer: all or all.
     assert spaces("gpt2-tied", attention="dense", quantum=64)["transformer.h.0: neurons"].num_active(0.01) == 32
