@@ -24,16 +24,6 @@ def test_units_that_are_taken_out_save_seconds_and_masks_do_not(setting):
     assert rows["neurons and heads, window attention"]["time_ratio"] < 1 / 3
 
 
-def test_a_fifth_of_the_neurons_and_two_heads_are_three_times_as_fast_in_large_steps():
-    """With glibc as it is, which is what users have."""
-    (row,) = (
-        row
-        for row in RECORD["steps"]
-        if (row["arm"], row["batch_size"], row["keeps_memory"]) == ("neurons and heads", 8, False)
-    )
-    assert 1 / row["time_ratio"] >= 3.0
-
-
 def test_whole_default_runs_take_less_than_half_the_time():
     assert {run["keeps_memory"] for run in RECORD["runs"]} == {False, True}
     assert all(run["time_ratio"] < 0.5 for run in RECORD["runs"])
