@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lit_accel import MixedSparsityTraining
 from lit_accel.anatomy import anatomy_of
-from lit_accel.compute import read_ledger
+from lit_accel.compute import forward_flops, read_ledger
 from lit_accel.methods.mixed_sparsity import AttentionPattern, SparsitySchedule, Targets, spaces_of
 from tests.test_cli import CONFIGS, RECIPES, run_a_little
 from tests.test_cli_token_dropping import flat, in_a_new_folder, little  # noqa: F401
@@ -99,3 +99,5 @@ def test_the_numbers_of_the_card():
     )
     assert f"{preset.excluded:.0%} without one".replace("%", " %") in text
     assert preset.masked <= 0.25
+    dense = forward_flops(anatomy, 1, 1024, attention="full")
+    assert f"{dense.head / dense.total:.0%} of GPT-2 small's FLOPs".replace("%", " %") in text

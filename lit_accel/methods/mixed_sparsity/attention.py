@@ -95,6 +95,7 @@ class AttentionPattern:
         num_queries, num_keys = query.shape[2], key.shape[2]
         follows = training or self.in_evaluation
         if query.is_cuda and follows and mask is None and num_queries == num_keys and not dropout:
+            # Where it is used, and not before: it brings the compiler with it.
             from lit_accel.methods.mixed_sparsity.flex import flex
 
             return flex(self, query, key, value, scale)

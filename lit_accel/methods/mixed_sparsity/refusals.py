@@ -16,7 +16,6 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lit_accel.anatomy import Anatomy, is_compiled
 from lit_accel.methods.mixed_sparsity.targets import Targets
@@ -176,7 +175,7 @@ def check_optimizers(trainer: L.Trainer) -> None:
             "parameters to one, in several parameter groups if need be."
         )
     optimizer = trainer.optimizers[0]
-    if not isinstance(optimizer, SUPPORTED_OPTIMIZERS) or isinstance(optimizer, ZeroRedundancyOptimizer):
+    if not isinstance(optimizer, SUPPORTED_OPTIMIZERS):
         names = ", ".join(kind.__name__ for kind in SUPPORTED_OPTIMIZERS)
         raise MisconfigurationException(
             f"MixedSparsityTraining starts the optimizer state of units anew, and knows what that means for {names}, "

@@ -35,13 +35,7 @@ from lit_accel.methods.multilevel.phases import (
     v_cycle,
 )
 from lit_accel.methods.multilevel.presets import PRESETS, PresetName, override_interpolation
-from lit_accel.methods.multilevel.refusals import (
-    check_end,
-    check_merging,
-    check_model,
-    check_optimizers,
-    check_trainer,
-)
+from lit_accel.methods.multilevel.refusals import check_end, check_merging, check_model, check_optimizers, check_trainer
 from lit_accel.methods.multilevel.stored import StoredLevels
 from lit_accel.resizing import (
     OptimizerState,
