@@ -2,6 +2,7 @@
 
 from lit_accel import strategies
 from lit_accel.compute import ComputeLedger
+from lit_accel.methods.composition import Composition
 from lit_accel.methods.layer_dropping.mixins import ProgressiveLayerDroppingMixin, SensitivityLayerDroppingMixin
 from lit_accel.methods.layer_dropping.pld import ProgressiveLayerDropping
 from lit_accel.methods.layer_dropping.sbld import SensitivityLayerDropping
@@ -16,6 +17,7 @@ from lit_accel.methods.token_dropping.mixin import RandomLTDMixin
 from lit_accel.resizing import ResizableMixin
 
 __all__ = [
+    "Composition",
     "ComputeLedger",
     "LayerTokenLR",
     "Level",

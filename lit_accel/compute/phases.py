@@ -78,11 +78,11 @@ class Phases:
 
     def ends_with(self, anatomy: Anatomy, active: Active | None = None) -> bool:
         """Whether the present phase is over: it was used, and the model has another size or sparsity now."""
-        return bool(self.list) and self.list[-1].is_used and self.list[-1].size != _key(anatomy, active)
+        return bool(self.list) and self.list[-1].is_used and self.list[-1].size != phase_size(anatomy, active)
 
     def enter(self, anatomy: Anatomy, active: Active | None = None) -> None:
         """Open a phase for the model's size, unless the present phase has it or has not been used yet."""
-        size = _key(anatomy, active)
+        size = phase_size(anatomy, active)
         num_parameters = anatomy.num_parameters if active is None else active.num_parameters
         if self.list and not self.list[-1].is_used:
             self.list[-1].size, self.list[-1].num_parameters = size, num_parameters
@@ -128,7 +128,13 @@ class Phases:
                 phase.head_masked_flops = phase.head_dense_flops = phase.flops
 
 
-def _key(anatomy: Anatomy, active: Active | None) -> dict[str, Any]:
+def phase_size(anatomy: Anatomy, active: Active | None) -> dict[str, Any]:
+    """Return what makes a phase one: the model's size and, where units are switched, the stage of their schedule.
+
+    Args:
+        anatomy: The model.
+        active: Which of its units are on; ``None`` where none is ever off.
+    """
     size = anatomy.size.to_state()
     return size if active is None else {**size, "stage": active.stage}
 

@@ -104,13 +104,19 @@ def data_rank(trainer: L.Trainer) -> int:
     return int(getattr(trainer.strategy, "distributed_sampler_kwargs", {}).get("rank", trainer.global_rank))
 
 
-def check_levels(trainer: L.Trainer, anatomy: Anatomy, check: Callable[[Anatomy], object]) -> None:
+def check_levels(
+    trainer: L.Trainer,
+    anatomy: Anatomy,
+    check: Callable[[Anatomy], object],
+    is_meant: Callable[[int], bool] = lambda level: True,
+) -> None:
     """Check every smaller size that the model will have.
 
     Args:
         trainer: The Trainer.
         anatomy: The full model.
         check: Raises a MisconfigurationException if it does not work at a size.
+        is_meant: Whether the method acts at a level. Default: at each.
 
     Raises:
         MisconfigurationException: If it does not, with the level.
@@ -119,6 +125,8 @@ def check_levels(trainer: L.Trainer, anatomy: Anatomy, check: Callable[[Anatomy]
         if not getattr(callback, "changes_size", False):
             continue
         for number, level_map in enumerate(callback.plan_levels(anatomy), 1):
+            if not is_meant(number):
+                continue
             try:
                 check(level_map.small)
             except MisconfigurationException as error:

@@ -323,12 +323,6 @@ def test_a_callback_beside_the_mixin_of_the_other(tmp_path):
         fit(tmp_path, sbld(), module=Module())
 
 
-def test_sensitivities_of_a_model_that_changes_its_size(tmp_path):
-    with pytest.raises(MisconfigurationException, match=r"MultiLevelTraining changes their number") as refusal:
-        fit(tmp_path, sbld(), MultiLevelTraining(), strategy="resizable")
-    refusal.match("Use ProgressiveLayerDropping")
-
-
 @pytest.mark.parametrize(
     ("callback", "level"),
     [(pld(pinned=[3]), Level(width=1, depth=2)), (pld(), Level(width=1, depth=4)), (pld(pinned=[-1]), Level())],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import lightning.pytorch as L
@@ -17,15 +17,16 @@ from torch.optim import Optimizer
 from lit_accel.anatomy import Anatomy, TransformerFollower, anatomy_of, find_transformer
 from lit_accel.compute.flops import training_flops
 from lit_accel.compute.observer import TransformerObserver
+from lit_accel.methods.coordinator import coordinator_of
 from lit_accel.methods.layer_dropping.books import Tally
 from lit_accel.methods.layer_dropping.dropper import BlockDropper, Scale
 from lit_accel.methods.layer_dropping.refusals import (
     check_sublayers,
-    check_trainer,
     droppable_blocks,
     resolve_scale,
 )
 from lit_accel.methods.layer_dropping.sampling import Sampler, sample_blocks
+from lit_accel.methods.method import Method
 from lit_accel.methods.requirements import (
     check_compilation,
     check_levels,
@@ -39,7 +40,7 @@ from lit_accel.routing import routing_of
 _STATE_VERSION = 1
 
 
-class LayerDropping(L.Callback, ABC):
+class LayerDropping(Method, ABC):
     """Base of the callbacks that skip blocks in training: subclasses say with which probability each is kept.
 
     One mask holds for a whole optimizer step, on all micro-batches and ranks. It is drawn from the seed and the step
@@ -57,6 +58,7 @@ class LayerDropping(L.Callback, ABC):
         ValueError: If an argument is none of the allowed values.
     """
 
+    decides = "layers"
     leaves_parameters_unused = True
 
     def __init__(
@@ -73,6 +75,7 @@ class LayerDropping(L.Callback, ABC):
         self.seed = seed
         self.check_ranks_every = check_ranks_every
         self.anatomy: Anatomy | None = None
+        self._full: Anatomy | None = None
         self.units: list[int] = []
         """Indices of the blocks that may be dropped."""
         self.keep: list[bool] = []
@@ -112,6 +115,52 @@ class LayerDropping(L.Callback, ABC):
     def probabilities(self, step: int) -> list[float]:
         """Return the keep probability of each block at an optimizer step."""
 
+    def check_level(self, anatomy: Anatomy) -> None:
+        """Check that blocks of a model of some size can be dropped.
+
+        Raises:
+            MisconfigurationException: If not.
+        """
+        droppable_blocks(anatomy, self.pinned, type(self).__name__)
+
+    @abstractmethod
+    def plan_blocks(self, anatomy: Anatomy, num_tokens: int) -> Callable[[int], Sequence[float]]:
+        """Return what says the same for a model of any size, as far as it can be known before training.
+
+        Args:
+            anatomy: The model.
+            num_tokens: Tokens of a sequence.
+        """
+
+    def planned_draws(self) -> Callable[[int, Sequence[float]], tuple[bool, ...]] | None:
+        """Return what draws the blocks that will run, called with each step in order and its keep probabilities.
+
+        ``None`` where that cannot be known before training.
+        """
+        if self.measures_blocks:
+            return None
+        num_expected = 0.0
+
+        def draw(step: int, keep_probabilities: Sequence[float]) -> tuple[bool, ...]:
+            nonlocal num_expected
+            keep = sample_blocks(
+                keep_probabilities, seed=self.seed, step=step, sampler=self.sampler, num_expected=num_expected
+            )
+            num_expected += math.fsum(keep_probabilities)
+            return tuple(keep)
+
+        return draw
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether no block is ever dropped."""
+        return not self.drops
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the length of the run is known, where it matters."""
+        return self.num_steps is not None or not self.needs_length
+
     def plan(self, trainer: L.Trainer) -> None:
         """Take up the length of the run, ``self.num_steps``, and refuse a schedule that does not fit it."""
 
@@ -129,17 +178,19 @@ class LayerDropping(L.Callback, ABC):
         ensure_built(trainer, pl_module)
         transformer = find_transformer(pl_module)[1]
         anatomy = anatomy_of(transformer)
+        full = anatomy.at(full_size(pl_module))
         if trainer.global_step == 0:
             self._clear()
+        self._full = full
+        self._coordinator = coordinator_of(trainer)
+        self._coordinator.check()
         self._take(anatomy)
-        check_trainer(trainer, self, LayerDropping)
         if self.drops:
             self._scale = resolve_scale(anatomy, self.scale, name)
             check_compilation(pl_module, transformer, anatomy, name)
             check_sublayers(transformer, anatomy, self._scale, name)
             check_unused_parameters(trainer, name)
-            full = anatomy.at(full_size(pl_module))
-            check_levels(trainer, full, lambda level: droppable_blocks(level, self.pinned, name))
+            check_levels(trainer, full, self.check_level, self._coordinator.drops_at)
         self.num_steps = None
         # A module that makes its data in its own setup has none yet.
         if not self.needs_length or trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
@@ -147,7 +198,8 @@ class LayerDropping(L.Callback, ABC):
 
     def _take(self, anatomy: Anatomy) -> None:
         self.anatomy, self._costs = anatomy, None
-        self.units = droppable_blocks(anatomy, self.pinned, type(self).__name__) if self.drops else []
+        drops = self.drops and self._coordinator.drops_from(anatomy)
+        self.units = droppable_blocks(anatomy, self.pinned, type(self).__name__) if drops else []
 
     def _plan(self, trainer: L.Trainer) -> None:
         if self.needs_length:
@@ -164,6 +216,7 @@ class LayerDropping(L.Callback, ABC):
         """Plan for data that the module has made by now."""
         if self.needs_length and self.num_steps is None:
             self._plan(trainer)
+        self._coordinator.check_run(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Intercept the blocks."""
@@ -187,8 +240,11 @@ class LayerDropping(L.Callback, ABC):
         if self._dropper is not None:
             self._dropper.close()
         anatomy = anatomy_of(transformer)
-        if self.anatomy is None or anatomy.size != self.anatomy.size:
+        before = self.anatomy
+        if before is None or anatomy.size != before.size:
             self._take(anatomy)
+            if before is not None and self._dropper is not None:
+                self._on_resized(before, anatomy)
         self._dropper = BlockDropper(routing_of(transformer), self._scale)
         if self._step is not None and was_active:
             # Replaced after this step's mask was drawn.
@@ -197,6 +253,9 @@ class LayerDropping(L.Callback, ABC):
         elif len(self.keep) == len(anatomy.blocks):
             # Resumed in the middle of a step: what was measured since it began is for the next one.
             self._dropper.set(self.keep, self.keep_probabilities)
+
+    def _on_resized(self, before: Anatomy, after: Anatomy) -> None:
+        """Carry what is known of blocks over to a model of another size."""
 
     def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
         if num_tokens != self._num_tokens:
@@ -233,7 +292,8 @@ class LayerDropping(L.Callback, ABC):
 
     def _draw(self, step: int) -> None:
         assert self._dropper is not None
-        self.keep_probabilities = self.probabilities(step)
+        runs_all = self._coordinator.runs_all_blocks(step)
+        self.keep_probabilities = [1.0] * len(self._dropper.routing.blocks) if runs_all else self.probabilities(step)
         self.keep = sample_blocks(
             self.keep_probabilities, seed=self.seed, step=step, sampler=self.sampler, num_expected=self._num_expected
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,10 +13,14 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_accel.anatomy import Anatomy
+from lit_accel.methods.compatibility import PLD
 from lit_accel.methods.layer_dropping.callback import LayerDropping
 from lit_accel.methods.layer_dropping.dropper import Scale
 from lit_accel.methods.layer_dropping.progressive import Convention, Direction, keep_probabilities, theta_at
+from lit_accel.methods.layer_dropping.refusals import droppable_blocks
 from lit_accel.methods.layer_dropping.sampling import Sampler
+from lit_accel.methods.method import Span
 from lit_accel.schedules import num_steps_of
 
 _SECTION = "progressive_layer_drop"
@@ -62,6 +68,8 @@ class ProgressiveLayerDropping(LayerDropping):
 
         Trainer(max_steps=10_000, callbacks=[ProgressiveLayerDropping(theta=0.5)])
     """
+
+    title = PLD
 
     def __init__(
         self,
@@ -184,12 +192,31 @@ class ProgressiveLayerDropping(LayerDropping):
     def probabilities(self, step: int) -> list[float]:
         """Return the keep probability of each block at an optimizer step; pinned ones have 1."""
         assert self.anatomy is not None
-        probabilities = [1.0] * len(self.anatomy.blocks)
-        for index, p in zip(
-            self.units, keep_probabilities(self.theta_at(step), len(self.units), self.convention), strict=True
-        ):
+        return self._by_depth(step, self.units, len(self.anatomy.blocks))
+
+    def plan_blocks(self, anatomy: Anatomy, num_tokens: int) -> Callable[[int], Sequence[float]]:
+        """Return what says the same for a model of any size.
+
+        Args:
+            anatomy: The model.
+            num_tokens: Has no influence.
+        """
+        units = droppable_blocks(anatomy, self.pinned, type(self).__name__)
+        return partial(self._by_depth, units=units, num_blocks=len(anatomy.blocks))
+
+    def _by_depth(self, step: int, units: Sequence[int], num_blocks: int) -> list[float]:
+        probabilities = [1.0] * num_blocks
+        for index, p in zip(units, keep_probabilities(self.theta_at(step), len(units), self.convention), strict=True):
             probabilities[index] = p
         return probabilities
+
+    def spans(self) -> Sequence[Span]:
+        """Return the steps in which blocks may be dropped."""
+        if self.num_steps is None:
+            return [(0, sys.maxsize)]
+        # Increasing, theta comes back to 1 no sooner than in the last step.
+        is_released = self.direction == "decreasing"
+        return [(0, self.num_steps - self._release_steps if is_released else self.num_steps)]
 
     def metrics(self) -> dict[str, float]:
         """Return theta."""

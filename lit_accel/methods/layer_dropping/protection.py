@@ -46,7 +46,8 @@ class BlockList:
             unknown = sorted(index for index in indices if not 0 <= index < num_blocks)
             if unknown:
                 raise ValueError(f"{name} names the blocks {unknown}; there are {num_blocks}, 0 to {num_blocks - 1}.")
-        self._num_blocks = num_blocks
+        self.num_blocks = num_blocks
+        """Number of blocks of the model."""
         self._units = sorted(set(units))
         # A product such as 0.28 * 25 lies a rounding error above the whole number that it means.
         self._num_sensitive = math.ceil(share * len(self._units) - 1e-9)
@@ -77,8 +78,8 @@ class BlockList:
         Raises:
             ValueError: If there is not one for each block, or one of a unit is NaN, which has no rank.
         """
-        if len(sensitivities) != self._num_blocks:
-            raise ValueError(f"There are {len(sensitivities)} sensitivities for {self._num_blocks} blocks.")
+        if len(sensitivities) != self.num_blocks:
+            raise ValueError(f"There are {len(sensitivities)} sensitivities for {self.num_blocks} blocks.")
         unranked = [unit for unit in self._units if math.isnan(sensitivities[unit])]
         if unranked:
             raise ValueError(f"The sensitivity of the blocks {unranked} is NaN; robust() makes a measurement fit.")
@@ -92,7 +93,7 @@ class BlockList:
         """Return what the next updates depend on, as integers and lists of integers."""
         sensitive = sorted(self._num_below)
         return {
-            "num_blocks": self._num_blocks,
+            "num_blocks": self.num_blocks,
             "sensitive": sensitive,
             "num_below": [self._num_below[unit] for unit in sensitive],
         }
@@ -106,9 +107,9 @@ class BlockList:
         Raises:
             ValueError: If it is of a model with another number of blocks.
         """
-        if state["num_blocks"] != self._num_blocks:
+        if state["num_blocks"] != self.num_blocks:
             raise ValueError(
-                f"The stored block list is for {state['num_blocks']} blocks, this model has {self._num_blocks}. Load "
+                f"The stored block list is for {state['num_blocks']} blocks, this model has {self.num_blocks}. Load "
                 "the checkpoint into the model that it was written for, or start without its sensitivities."
             )
         self._num_below = dict(zip(state["sensitive"], state["num_below"], strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -102,23 +101,4 @@ def check_sublayers(transformer: nn.Module, anatomy: Anatomy, scale: Scale, meth
         raise MisconfigurationException(
             f'{method}: scale="sublayer" works inside of the blocks, and these are compiled. Use scale="block", which '
             "works outside of them, or leave the blocks uncompiled."
-        )
-
-
-def check_trainer(trainer: L.Trainer, callback: L.Callback, kind: type[L.Callback]) -> None:
-    """Check that nobody else drops layers.
-
-    Args:
-        trainer: The Trainer.
-        callback: Who asks.
-        kind: The class of all callbacks that drop layers.
-
-    Raises:
-        MisconfigurationException: If there are two.
-    """
-    others = [other for other in trainer.callbacks if isinstance(other, kind) and other is not callback]  # type: ignore[attr-defined]
-    if others:
-        raise MisconfigurationException(
-            f"{type(callback).__name__} and {type(others[0]).__name__} would both drop layers of one model. Use one "
-            "of them."
         )

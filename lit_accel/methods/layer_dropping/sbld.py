@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -15,12 +16,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_accel.anatomy import Anatomy
 from lit_accel.compute.flops import forward_flops, training_flops
 from lit_accel.methods.layer_dropping.budget import Allocation, allocate, floor_of, robust
-from lit_accel.methods.layer_dropping.callback import LayerDropping
+from lit_accel.methods.layer_dropping.budgeted import BudgetedLayerDropping
 from lit_accel.methods.layer_dropping.dropper import Scale
 from lit_accel.methods.layer_dropping.history import History
-from lit_accel.methods.layer_dropping.kept_schedule import kept_share
 from lit_accel.methods.layer_dropping.probing import measuring, training_loss
 from lit_accel.methods.layer_dropping.protection import BlockList
+from lit_accel.methods.layer_dropping.refusals import droppable_blocks
 from lit_accel.methods.layer_dropping.sampling import Sampler
 from lit_accel.methods.layer_dropping.sensitivity import ESTIMATES, Estimator, Meter, ablate, ablation_flops
 from lit_accel.schedules import num_steps_of
@@ -28,7 +29,7 @@ from lit_accel.schedules import num_steps_of
 FILE_NAME = "sensitivities.png"
 
 
-class SensitivityLayerDropping(LayerDropping):
+class SensitivityLayerDropping(BudgetedLayerDropping):
     """Skips blocks at random, those more often that the model can spare (after SBLD, AAAI 2023).
 
     After a warm-up it is measured what each block is worth. The most sensitive blocks are protected; the others get
@@ -129,6 +130,7 @@ class SensitivityLayerDropping(LayerDropping):
         """Running mean of what each block is worth; ``None`` before the first measurement."""
         self.history = History()
         self._blocks: BlockList | None = None
+        self._loaded_block_list: dict[str, Any] | None = None
         self._next: int | None = None
         self._collected: list[list[float]] = []
         self._num_measured_tokens: int | None = None
@@ -137,45 +139,35 @@ class SensitivityLayerDropping(LayerDropping):
         self._has_warned_of_zeros = False
         self._has_warned_of_cost = False
 
-    @property
-    def drops(self) -> bool:
-        """Whether any block is ever dropped."""
-        return self.kept < 1
-
-    @property
-    def needs_length(self) -> bool:
-        """Whether the schedule depends on the length of the run."""
-        return self.drops
-
     # Before training
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse whatever could not work, before anything is trained."""
         name = type(self).__name__
-        if stage == "fit" and self.drops:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if getattr(callback, "changes_size", False):
-                    raise MisconfigurationException(
-                        f"{name} measures the blocks of one model, and {type(callback).__name__} changes their "
-                        "number. Use ProgressiveLayerDropping, whose schedule follows the size."
-                    )
-            if self.estimator == "ablate" and not pl_module.automatic_optimization:
-                raise MisconfigurationException(
-                    f'{name}: estimator="ablate" calls the training step to measure it, and with manual optimization '
-                    'that would train. Use "taylor", "ratio" or "cos".'
-                )
+        if stage == "fit" and self.drops and self.estimator == "ablate" and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f'{name}: estimator="ablate" calls the training step to measure it, and with manual optimization '
+                'that would train. Use "taylor", "ratio" or "cos".'
+            )
         super().setup(trainer, pl_module, stage)
 
     def _take(self, anatomy: Anatomy) -> None:
         super()._take(anatomy)
-        if not self.drops:
+        if not self.units:
             return
         num_blocks = len(anatomy.blocks)
-        outside = set(range(num_blocks)) - set(self.units)
         # A second fit of the same trainer goes on with its members.
-        self._blocks = self._blocks or BlockList(num_blocks, self.units, self.protected, outside)
-        num_protected = len({self.units[0], self.units[-1]}) + math.ceil(self.protected * len(self.units) - 1e-9)
-        never = outside | set(self.units[: min(num_protected, len(self.units))])
+        if self._blocks is None or self._blocks.num_blocks != num_blocks:
+            self._blocks = BlockList(num_blocks, self.units, self.protected, set(range(num_blocks)) - set(self.units))
+        self._load_block_list()
+        self.check_level(anatomy)
+
+    def check_level(self, anatomy: Anatomy) -> None:
+        """Check that the budget can be met by a model of some size."""
+        units = droppable_blocks(anatomy, self.pinned, type(self).__name__)
+        num_blocks = len(anatomy.blocks)
+        num_protected = len({units[0], units[-1]}) + math.ceil(self.protected * len(units) - 1e-9)
+        never = set(range(num_blocks)) - set(units) | set(units[: min(num_protected, len(units))])
         # Blocks are taken as equally expensive, which they are but for stages of Swin, and there nearly.
         floor = floor_of([1.0] * num_blocks, self.min_keep, never)
         if self.kept < floor:
@@ -184,36 +176,6 @@ class SensitivityLayerDropping(LayerDropping):
                 f"blocks never dropped (pinned, in short stages, first, last, most sensitive) {floor:.2f} is the "
                 "least. Raise kept, or lower min_keep or protected."
             )
-
-    def plan(self, trainer: L.Trainer) -> None:
-        """Resolve the schedule."""
-        if self.num_steps is None:
-            return
-        self._warmup, self._ramp, self._release, self._interval = (
-            num_steps_of(duration, self.num_steps)
-            for duration in (self.warmup, self.ramp, self.release, self.measure_every)
-        )
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # A rehearsal of a few steps has no room for the durations of the run that it rehearses.
-            self._warmup, self._ramp, self._release = (
-                min(steps, self.num_steps // 3) for steps in (self._warmup, self._ramp, self._release)
-            )
-        excess = self._warmup + self._ramp + self._release - self.num_steps
-        if 0 < excess <= 2 and all(isinstance(share, float) for share in (self.warmup, self.ramp, self.release)):
-            # Shares that add up to the whole run may be rounded to more than it.
-            self._ramp = max(0, self._ramp - excess)
-        try:
-            self._kept_share(0)
-        except ValueError as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-        if self._next is None:
-            self._next = self._warmup
-
-    def _kept_share(self, step: int) -> float:
-        assert self.num_steps is not None
-        return kept_share(
-            step, self.num_steps, kept=self.kept, warmup=self._warmup, ramp=self._ramp, release=self._release
-        )
 
     # Keep probabilities
 
@@ -250,6 +212,8 @@ class SensitivityLayerDropping(LayerDropping):
     def _is_due(self, step: int) -> bool:
         assert self.num_steps is not None
         assert self._next is not None
+        if not self.units:
+            return False
         is_released = self._release > 0 and step >= self.num_steps - self._release
         return bool(self._collected) or (step >= self._next and not is_released)
 
@@ -257,6 +221,11 @@ class SensitivityLayerDropping(LayerDropping):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measure if it is time, and draw the blocks of a new optimizer step."""
+        if self._dropper is not None and self._follower is not None:
+            # Now: what is measured is the model of this step.
+            self._follower.refresh()
+            if trainer.global_step != self._step and self._coordinator.begins_phase(trainer.global_step):
+                self._measure_anew(trainer)
         if self._dropper is not None and self._is_due(trainer.global_step):
             routing = self._dropper.routing
             if self.estimator == "ablate":
@@ -288,7 +257,45 @@ class SensitivityLayerDropping(LayerDropping):
     def _draw(self, step: int) -> None:
         super()._draw(step)
         assert self.num_steps is not None
-        self.history.add_keep(step, self.keep_probabilities, every=math.ceil(self.num_steps / 200))
+        values = self._of_full_model(self.keep_probabilities)
+        self.history.add_keep(step, values, every=math.ceil(self.num_steps / 200))
+
+    def _on_resized(self, before: Anatomy, after: Anatomy) -> None:
+        """Average sensitivities where blocks were merged, and copy them where blocks were."""
+        self._collected, self._allocated = [], None
+        assert self._full is not None
+        if self.sensitivities is None or not self.units:
+            return
+        # Not always the model before this one: nothing is dropped or measured at levels that the rules leave out.
+        levels = self._coordinator.anatomies(self._full)
+        before = next(level for level in levels if len(level.blocks) == len(self.sensitivities))
+        measured = set(droppable_blocks(before, self.pinned, type(self).__name__))
+        overall = statistics.fmean(self.sensitivities[index] for index in measured)
+        values = []
+        for sources in self._coordinator.sources_of_blocks(before, after):
+            known = [self.sensitivities[index] for index in sources if index in measured]
+            values.append(statistics.fmean(known) if known else overall)
+        self.sensitivities = [value if index in self.units else 0.0 for index, value in enumerate(values)]
+        if robust(self.sensitivities) is not None:
+            assert self._blocks is not None
+            self._blocks.update(self.sensitivities)
+
+    def _measure_anew(self, trainer: L.Trainer) -> None:
+        """Have the model measured that there is from now on, if that can be paid for."""
+        if self._next is None or self._num_measured_tokens is None:
+            return
+        num_left = self._affordable(trainer) - self.num_batches * len(self.history.measured_at)
+        if num_left >= self.num_batches:
+            self._next = min(self._next, trainer.global_step)
+
+    def _of_full_model(self, values: Sequence[float]) -> list[float]:
+        """Return for each block of the full model what holds for the one that stands for it at the present size."""
+        assert self.anatomy is not None
+        assert self._full is not None
+        if self.anatomy.size == self._full.size:
+            return list(values)
+        sources = self._coordinator.sources_of_blocks(self.anatomy, self._full)
+        return [values[index] for (index,) in sources]
 
     def _collect(self, trainer: L.Trainer, values: list[float]) -> None:
         assert self.num_steps is not None
@@ -329,7 +336,7 @@ class SensitivityLayerDropping(LayerDropping):
                 )
         else:
             self._blocks.update(self.sensitivities)
-        self.history.add_sensitivities(step, self.sensitivities)
+        self.history.add_sensitivities(step, self._of_full_model(self.sensitivities))
         # As many measurements as can be paid for, spread over what is left before the release.
         num_left = max(0, math.floor((num_affordable - num_batches * len(self.history.measured_at)) / num_batches))
         last = self.num_steps - self._release
@@ -406,8 +413,15 @@ class SensitivityLayerDropping(LayerDropping):
         self._num_measured_tokens = state_dict["num_measured_tokens"]
         self.history = History.from_state(state_dict["history"])
         self._allocated = None
-        if self._blocks is not None and state_dict["block_list"] is not None:
-            self._blocks.load_state_dict(state_dict["block_list"])
+        self._loaded_block_list = state_dict["block_list"]
+        self._load_block_list()
+
+    def _load_block_list(self) -> None:
+        state = self._loaded_block_list
+        # Of a model of another size, it waits until the model has that size.
+        if self._blocks is not None and state is not None and state["num_blocks"] == self._blocks.num_blocks:
+            self._blocks.load_state_dict(state)
+            self._loaded_block_list = None
 
     def _rules(self) -> dict[str, Any]:
         own = ("kept", "estimator", "allocation", "warmup", "ramp", "release", "min_keep", "protected", "measure_every")

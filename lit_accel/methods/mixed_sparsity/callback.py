@@ -12,11 +12,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_accel.anatomy import Anatomy, TransformerFollower, anatomy_of, find_transformer, uses_activation_checkpointing
+from lit_accel.anatomy import TransformerFollower, anatomy_of, find_transformer, uses_activation_checkpointing
+from lit_accel.methods.coordinator import coordinator_of
 from lit_accel.methods.mixed_sparsity.arguments import check_choices, check_numbers, check_stages, check_units
-from lit_accel.methods.mixed_sparsity.attention import AttentionPattern, PatternName
+from lit_accel.methods.mixed_sparsity.attention import PatternName
 from lit_accel.methods.mixed_sparsity.distribution import Distribution
 from lit_accel.methods.mixed_sparsity.dynamics import DynamicSparsity, digest_of
+from lit_accel.methods.mixed_sparsity.planned import PlannedUnits
 from lit_accel.methods.mixed_sparsity.presets import DEFAULTS, PRESETS, PresetName
 from lit_accel.methods.mixed_sparsity.refusals import (
     check_counts,
@@ -25,13 +27,11 @@ from lit_accel.methods.mixed_sparsity.refusals import (
     check_model,
     check_optimizers,
     check_pattern,
-    check_resizes,
     check_trainer,
 )
-from lit_accel.methods.mixed_sparsity.schedule import DEFAULT_STAGES, SparsitySchedule
+from lit_accel.methods.mixed_sparsity.schedule import DEFAULT_STAGES
 from lit_accel.methods.mixed_sparsity.sparse_model import Execution
 from lit_accel.methods.mixed_sparsity.targets import Targets
-from lit_accel.methods.mixed_sparsity.units import UnitsError, spaces_of
 from lit_accel.methods.requirements import (
     check_compilation,
     check_levels,
@@ -40,12 +40,11 @@ from lit_accel.methods.requirements import (
     require_training_mode,
 )
 from lit_accel.resizing import ensure_built, full_size
-from lit_accel.schedules import num_steps_of
 
 _STATE_VERSION = 1
 
 
-class MixedSparsityTraining(L.Callback):
+class MixedSparsityTraining(PlannedUnits):
     """Trains with most units of the model off: dense at first, then ever sparser, at last dense again (MST).
 
     Mixed sparsity training (Hu et al., arXiv 2408.11746): dynamic sparse training whose sparsity rises in a warm-up,
@@ -155,7 +154,7 @@ class MixedSparsityTraining(L.Callback):
         check_numbers(drop_fraction, gradient_share, seed, counts)
         check_choices(self.distribution, execution, pattern, attention_phase)
         self.attention_pattern: PatternName | None = None if pattern == "dense" else pattern
-        self.attention_phase = tuple(attention_phase)
+        self.attention_phase = (attention_phase[0], attention_phase[1])
         self.targets: Targets | None = None
         """The schedule on the model's units; known once the length of the run is."""
         self._clear()
@@ -193,6 +192,7 @@ class MixedSparsityTraining(L.Callback):
             self._clear()
         self.targets = None
         anatomy = anatomy_of(transformer)
+        coordinator_of(trainer).check()
         check_trainer(trainer, pl_module, self)
         if self._ever_sparse:
             check_compilation(pl_module, transformer, anatomy, type(self).__name__)
@@ -203,39 +203,6 @@ class MixedSparsityTraining(L.Callback):
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
             self._plan(trainer, pl_module)
-
-    @property
-    def _ever_sparse(self) -> bool:
-        return any(sparsity > 0 for _, sparsity in self.stages)
-
-    def _targets_of(self, anatomy: Anatomy, num_steps: int | None = None) -> Targets:
-        """Return the targets; without the length of the run the stages are in their places, but not their steps."""
-        units = (self.ffn_units, self.attention_units, self.head_units) if self._ever_sparse else ("dense",) * 3
-        try:
-            spaces = spaces_of(anatomy, *units, tile=self.block_size, quantum=self.quantum)
-            schedule = self._schedule_of(num_steps)
-        except (UnitsError, ValueError) as error:
-            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error
-        pattern = None
-        if self.attention_pattern is not None:
-            pattern = AttentionPattern(self.attention_pattern, self.attention_window, self.evaluate_pattern)
-        first, end = (num_steps_of(bound, num_steps or 0) for bound in self.attention_phase)
-        return Targets(
-            anatomy=anatomy,
-            spaces=spaces,
-            schedule=schedule,
-            distribution=self.distribution,
-            gradient_share=self.gradient_share,
-            is_compact=self.execution == "compact",
-            pattern=pattern,
-            pattern_steps=(first, end),
-        )
-
-    def _schedule_of(self, num_steps: int | None) -> SparsitySchedule:
-        if num_steps is None:
-            sparsities = tuple(sparsity for _, sparsity in self.stages)
-            return SparsitySchedule(tuple(range(len(sparsities))), sparsities, len(sparsities), self.update_every)
-        return SparsitySchedule.of(self.stages, num_steps, self.update_every, self.drop_fraction)
 
     def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         num_steps = trainer.estimated_stepping_batches
@@ -260,6 +227,7 @@ class MixedSparsityTraining(L.Callback):
         if self.targets is None:
             self._plan(trainer, pl_module)
         assert self.targets is not None
+        coordinator_of(trainer).check_run(pl_module)
         check_optimizers(trainer)
         data = getattr(trainer, "datamodule", None)
         num_tokens = self.targets.anatomy.num_tokens or getattr(data, "block_size", None)
@@ -278,7 +246,6 @@ class MixedSparsityTraining(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the masks of a checkpoint; warn if rules have changed since it was written."""
         assert self.targets is not None
-        check_resizes(trainer, self.targets)
         transformer = find_transformer(pl_module)[1]
         if self.attention_pattern is not None and not self.evaluate_pattern:
             require_training_mode(transformer, self.targets.anatomy, type(self).__name__)

@@ -150,8 +150,6 @@ def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, callback: L.
             "only the module knows where that is. Set automatic_optimization = True."
         )
     for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if other is not callback and isinstance(other, type(callback)):
-            raise MisconfigurationException(f"Two {name} callbacks would switch units of one model. Use one of them.")
         for kind, reason in _INCOMPATIBLE.items():
             if isinstance(other, kind):
                 raise MisconfigurationException(
@@ -229,24 +227,3 @@ def check_masks(masks: Mapping[str, torch.Tensor], targets: Targets) -> None:
             "The units of the checkpoint are others than those of this run: their kind, or the size of the model, has "
             "changed. Resume with the settings that it was trained with."
         )
-
-
-def check_resizes(trainer: L.Trainer, targets: Targets) -> None:
-    """Check that the model changes its size only while all units are on.
-
-    Args:
-        trainer: The Trainer.
-        targets: Its units and their numbers.
-
-    Raises:
-        MisconfigurationException: If it does otherwise.
-    """
-    schedule = targets.schedule
-    for other in trainer.callbacks:  # type: ignore[attr-defined]
-        for step in getattr(other, "resize_steps", ()):
-            if schedule.sparsity(step) > 0 or (step > 0 and schedule.sparsity(step - 1) > 0):
-                raise MisconfigurationException(
-                    f"{type(other).__name__} changes the size of the model at step {step}, where the sparsity is "
-                    f"{max(schedule.sparsity(step), schedule.sparsity(max(step - 1, 0)))}: units that are off cannot "
-                    "be merged or split. Let stages be 0 before and after each change of size."
-                )

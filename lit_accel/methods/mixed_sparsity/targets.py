@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,6 +49,14 @@ class Targets:
     def ever_sparse(self) -> bool:
         """Whether any unit is ever off."""
         return any(sparsity > 0 for sparsity in self.schedule.sparsities)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First steps and first ones after, of all that is not dense."""
+        starts = self.schedule.starts
+        stages = zip(starts, (*starts[1:], self.schedule.num_steps), self.schedule.sparsities, strict=True)
+        pattern = [self.pattern_steps] if self.pattern is not None else []
+        return [*((start, end) for start, end, sparsity in stages if sparsity > 0), *pattern]
 
     @cached_property
     def stage_counts(self) -> tuple[Counts, ...]:
@@ -166,7 +174,12 @@ class Targets:
 
         num_steps = self.schedule.num_steps
         spent = [0, 0, 0]
-        for (step, is_update), number in self._kinds_of_steps().items():
+        firsts: dict[tuple[int, bool, bool, int], int] = {}
+        kinds = [self._kind_of(step) for step in range(num_steps)]
+        for step, kind in enumerate(kinds):
+            firsts.setdefault(kind, step)
+        for kind, number in Counter(kinds).items():
+            step, is_update = firsts[kind], kind[1]
             before = self._before(step) if is_update else self.counts(step)
             one = cost(self.active(step, before, with_dense_gradients=is_update))
             for index, flops in enumerate((one.masked, one.dense, one.excluded)):
@@ -178,18 +191,31 @@ class Targets:
             excluded=spent[2] / (dense.excluded * num_steps),
         )
 
-    def _kinds_of_steps(self) -> Counter[tuple[int, bool]]:
-        """Count the steps that cost the same: by the first one of their kind, and whether gradients are dense."""
-        firsts: dict[tuple[int, bool, bool, int], int] = {}
-        kinds: Counter[tuple[int, bool]] = Counter()
-        for step in range(self.schedule.num_steps):
-            is_update = self.schedule.is_event(step) and self.needs_gradient(self.changes(step, self._before(step)))
-            stage = self.schedule.stage(step)
-            # A stage's first update still runs on the units of the stage before.
-            before = self.schedule.stage(step - 1) if is_update and step else stage
-            first = firsts.setdefault((stage, is_update, self.attends_by_pattern(step), before), step)
-            kinds[first, is_update] += 1
-        return kinds
+    def planned(self) -> Callable[[int], Active | None]:
+        """Return what says, for each step, what of the model takes part in it, one object for steps alike."""
+        made: dict[tuple[int, bool, bool, int], Active] = {}
+
+        def at(step: int) -> Active | None:
+            if not self.ever_sparse and self.pattern is None:
+                return None
+            kind = self._kind_of(step)
+            if kind not in made:
+                before = self._before(step) if kind[1] else self.counts(step)
+                made[kind] = self.active(step, before, with_dense_gradients=kind[1])
+            return made[kind]
+
+        return at
+
+    def chooses_by_gradient(self, step: int) -> bool:
+        """Whether units are chosen by gradient in a step, for which the whole model's must be computed."""
+        return self.schedule.is_event(step) and self.needs_gradient(self.changes(step, self._before(step)))
+
+    def _kind_of(self, step: int) -> tuple[int, bool, bool, int]:
+        """Return what a step's cost depends on: stage, whether gradients are dense, pattern, and the stage before."""
+        is_update, stage = self.chooses_by_gradient(step), self.schedule.stage(step)
+        # A stage's first update still runs on the units of the stage before.
+        before = self.schedule.stage(step - 1) if is_update and step else stage
+        return stage, is_update, self.attends_by_pattern(step), before
 
     def _before(self, step: int) -> Counts:
         """Return the active units of a group before a step's update."""

@@ -11,14 +11,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_accel.anatomy import (
-    Anatomy,
     AnatomyError,
     Size,
     anatomy_of,
     find_transformer,
 )
+from lit_accel.methods.coordinator import coordinator_of
 from lit_accel.methods.multilevel.learning_rate import LearningRateFactor
-from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, LevelMap, WidthGrouping, grown_size, level_map
+from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, LevelMap, WidthGrouping, grown_size
 from lit_accel.methods.multilevel.micro_batches import MicroBatchMerger
 from lit_accel.methods.multilevel.moments import OptimizerStatePolicy
 from lit_accel.methods.multilevel.phases import (
@@ -34,6 +34,7 @@ from lit_accel.methods.multilevel.phases import (
     resolve_phases,
     v_cycle,
 )
+from lit_accel.methods.multilevel.planned import PlannedLevels
 from lit_accel.methods.multilevel.presets import PRESETS, PresetName, override_interpolation
 from lit_accel.methods.multilevel.refusals import check_end, check_merging, check_model, check_optimizers, check_trainer
 from lit_accel.methods.multilevel.stored import StoredLevels
@@ -49,7 +50,7 @@ from lit_accel.resizing import (
 _STATE_VERSION = 1
 
 
-class MultiLevelTraining(L.Callback):
+class MultiLevelTraining(PlannedLevels):
     """Trains part of the run on smaller versions of the model (V-cycle; arXiv 2404.07999).
 
     On the way down the present model is stored and coalesced into the next smaller level; on the way up the
@@ -91,8 +92,6 @@ class MultiLevelTraining(L.Callback):
 
         Trainer(strategy="resizable", max_steps=10_000, callbacks=[MultiLevelTraining()])
     """
-
-    changes_size = True
 
     def __init__(
         self,
@@ -185,38 +184,13 @@ class MultiLevelTraining(L.Callback):
             # What an earlier run of this callback has left; a checkpoint is loaded after this.
             self._stored.clear()
         self.schedule = ()
+        coordinator_of(trainer).check()
         check_trainer(trainer, pl_module, changes_lr=self._changes_lr)
         check_merging(trainer, pl_module, [level.merge_batches for level in self.levels])
         check_model(pl_module, self._path, transformer, anatomy, self.maps)
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
             self._resolve_schedule(trainer)
-
-    def plan_levels(self, anatomy: Anatomy) -> list[LevelMap]:
-        """Return the maps between the levels of a model, without building any of them.
-
-        Args:
-            anatomy: The anatomy of the full model.
-
-        Returns:
-            One map a smaller level, from the largest down.
-
-        Raises:
-            AnatomyError: If a factor does not divide the size it is for.
-        """
-        maps = []
-        for level in self.levels:
-            step = level_map(
-                anatomy,
-                width=level.width,
-                depth=level.depth,
-                width_grouping=self.width_grouping,
-                depth_grouping=self.depth_grouping,
-                depth_mode=self.depth_mode,
-            )
-            maps.append(step)
-            anatomy = step.small
-        return maps
 
     def _resolve_schedule(self, trainer: L.Trainer) -> None:
         num_steps = trainer.estimated_stepping_batches
@@ -232,16 +206,11 @@ class MultiLevelTraining(L.Callback):
         self.schedule = resolve_phases(self.phases, num_levels, int(num_steps))
         check_end(trainer, self.schedule[-1].level)
 
-    @property
-    def resize_steps(self) -> tuple[int, ...]:
-        """The optimizer steps before which the model changes its size; known once the length of the run is."""
-        levels = [self.start_level, *(phase.level for phase in self.schedule)]
-        return tuple(phase.start for before, phase in zip(levels, self.schedule, strict=False) if phase.level != before)
-
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check what exists only now: the optimizers and their schedulers, and data that the module has made."""
         if not self.schedule:
             self._resolve_schedule(trainer)
+        coordinator_of(trainer).check_run(pl_module)
         check_optimizers(
             trainer,
             pl_module,

@@ -182,6 +182,15 @@ class LevelMap:
         assert index is not None
         return [f"{source.blocks[other].path}.{local}" for other in self._related_blocks(index, contracts)]
 
+    def related_blocks(self, *, contracts: bool) -> list[list[int]]:
+        """Return for each block of one level those of the other that it is made from.
+
+        Args:
+            contracts: Whether the way leads down, to the small level.
+        """
+        target = self.small if contracts else self.large
+        return [self._related_blocks(index, contracts) for index in range(len(target.blocks))]
+
     def _related_blocks(self, index: int, contracts: bool) -> list[int]:
         """Return the members of a small block's group, or the one small block that a large block belongs to."""
         target, source = (self.small, self.large) if contracts else (self.large, self.small)

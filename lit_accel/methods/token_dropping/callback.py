@@ -21,6 +21,7 @@ from lit_accel.anatomy import (
 )
 from lit_accel.compute.observer import TransformerObserver
 from lit_accel.compute.phases import sum_over_ranks
+from lit_accel.methods.coordinator import coordinator_of
 from lit_accel.methods.requirements import (
     check_compilation,
     check_levels,
@@ -33,13 +34,13 @@ from lit_accel.methods.token_dropping.deepspeed import translate
 from lit_accel.methods.token_dropping.dropper import Scope, TokenDropper
 from lit_accel.methods.token_dropping.learning_rate import LayerTokenLR
 from lit_accel.methods.token_dropping.plan import TokenPlan
+from lit_accel.methods.token_dropping.planned import PlannedTokens
 from lit_accel.methods.token_dropping.refusals import (
     check_arguments,
     check_first_batch,
     check_graphs,
     check_interval,
     check_start,
-    check_trainer,
     check_windows,
     dropping_blocks,
     input_prefix,
@@ -54,7 +55,7 @@ _STATE_VERSION = 1
 _LEAST_SAVING = 0.03
 
 
-class RandomLTD(L.Callback):
+class RandomLTD(PlannedTokens):
     """Runs the middle blocks on a random part of the tokens, ever more of them as training goes on (random-LTD).
 
     Random layerwise token dropping (Yao et al., arXiv 2211.11586): each block but the first and the last runs on tokens
@@ -149,21 +150,13 @@ class RandomLTD(L.Callback):
         self._observer: TransformerObserver | None = None
         self._loaded_rules: dict[str, Any] = {}
         self._position: tuple[int, tuple[int, ...]] | None = None
-        self._was_called = False
+        self._was_called = self._in_batch = False
         self._step = 0
-
-    def _schedule_of(self, growth_steps: int) -> TokenSchedule:
-        return TokenSchedule(self.start_tokens, growth_steps, self.quantum, self.max_lengths, self.compat)
 
     @property
     def total(self) -> TokenCount:
         """What was counted so far; of several ranks, as of the last time that it was logged or saved."""
         return self._books.total
-
-    @property
-    def drops(self) -> bool:
-        """Whether any token is ever dropped."""
-        return self.start_tokens != 1.0 or isinstance(self.start_tokens, int)
 
     # Before training
 
@@ -179,8 +172,9 @@ class RandomLTD(L.Callback):
         self._num_prefix = 0
         self._progress: list[float] | None = None
         self._has_predicted = self._has_warned = False
+        self._coordinator = coordinator_of(trainer)
+        self._coordinator.check()
         self._take(anatomy)
-        check_trainer(trainer, self, self.scope)
         if self.drops:
             self._num_prefix = self.keep_prefix or 0
             if self.scope == "input":
@@ -189,7 +183,12 @@ class RandomLTD(L.Callback):
             check_start(anatomy, self.start_tokens, self._known_tokens(trainer))
             check_compilation(pl_module, transformer, anatomy, type(self).__name__)
             full = anatomy.at(full_size(pl_module))
-            check_levels(trainer, full, lambda level: dropping_blocks(level, self.pinned, self.scope))
+            check_levels(
+                trainer,
+                full,
+                lambda level: dropping_blocks(level, self.pinned, self.scope),
+                self._coordinator.drops_at,
+            )
         self.num_steps, self.schedule = None, None
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
@@ -197,7 +196,8 @@ class RandomLTD(L.Callback):
 
     def _take(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
-        self.blocks = dropping_blocks(anatomy, self.pinned, self.scope) if self.drops else ()
+        drops = self.drops and self._coordinator.drops_from(anatomy)
+        self.blocks = dropping_blocks(anatomy, self.pinned, self.scope) if drops else ()
 
     def _known_tokens(self, trainer: L.Trainer) -> int | None:
         """Return the tokens of a sequence, where they are known before the first one is seen."""
@@ -250,7 +250,9 @@ class RandomLTD(L.Callback):
         # Of the full model, also where a run goes on from a small phase.
         anatomy = anatomy_of(find_transformer(pl_module)[1]).at(full_size(pl_module))
         blocks = dropping_blocks(anatomy, self.pinned, self.scope)
-        return TokenPlan(anatomy, blocks, self.schedule, self.num_steps, num_tokens, self._num_prefix)
+        return TokenPlan(
+            anatomy, blocks, self.schedule, self.num_steps, num_tokens, self._num_prefix, self._coordinator.may_drop
+        )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Plan for data that the module has made by now, say what is saved, and tell the learning-rate schedule."""
@@ -259,6 +261,7 @@ class RandomLTD(L.Callback):
         num_tokens = self._known_tokens(trainer)
         if self.drops and num_tokens is not None:
             self._predict(pl_module, num_tokens)
+        self._coordinator.check_run(pl_module)
         for config in trainer.lr_scheduler_configs:
             scheduler = config.scheduler
             if not isinstance(scheduler, LayerTokenLR):
@@ -313,7 +316,7 @@ class RandomLTD(L.Callback):
         if self._position is not None and was_active:
             # Replaced after this batch has begun.
             self._dropper.set(*self._position)
-            self._dropper.is_active = True
+            self._dropper.is_active = self._coordinator.may_drop(self._position[0])
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the model as it was; Lightning does not call ``teardown`` then."""
@@ -339,17 +342,17 @@ class RandomLTD(L.Callback):
         # The batch and not the step: micro-batches of one step are different sequences.
         self._position = (trainer.global_step, (trainer.current_epoch, batch_idx, data_rank(trainer)))
         self._dropper.set(*self._position)
-        self._dropper.is_active = True
+        self._dropper.is_active = self._coordinator.may_drop(self._step)
         self._books.begin_batch()
-        self._was_called = False
+        self._was_called, self._in_batch = False, True
 
     def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
         self._books.end_call()
-        if self._dropper is None or not self._dropper.is_active or self._observer is None or self._observer.is_probing:
+        if self._dropper is None or not self._in_batch or self._observer is None or self._observer.is_probing:
             return
         self._was_called = True
         # What a teacher or a target network sees is not trained on.
-        if not (is_grad_enabled() and self._dropper.routing.modules[self.blocks[0]].training):
+        if not (is_grad_enabled() and self._dropper.routing.modules[self.blocks[0] if self.blocks else 0].training):
             return
         if not self._has_predicted:
             check_first_batch(self.start_tokens, num_tokens)
@@ -370,8 +373,9 @@ class RandomLTD(L.Callback):
         """Let every block see all tokens again, for what is not training; where it is due, log."""
         if self._dropper is None or self.schedule is None:
             return
-        self._dropper.is_active = False
-        self._warn_if_nothing_was_dropped()
+        if self._dropper.is_active:
+            self._warn_if_nothing_was_dropped()
+        self._dropper.is_active = self._in_batch = False
         previous, self._step = self._step, trainer.global_step
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and self._step // interval > previous // interval:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 from lit_accel.anatomy import Anatomy
 from lit_accel.compute.flops import training_flops
 from lit_accel.methods.token_dropping.schedule import TokenSchedule
+
+# Stands for all steps in which every block runs on every token.
+_NONE_DROPPED = -1
 
 
 def kept_by_block(
@@ -65,6 +69,7 @@ class TokenPlan:
         num_steps: Optimizer steps of the run.
         num_tokens: Tokens of a sequence.
         num_prefix: The first tokens, which are always kept.
+        may_drop: Whether tokens may be dropped in an optimizer step. Default: in each.
     """
 
     anatomy: Anatomy
@@ -73,6 +78,7 @@ class TokenPlan:
     num_steps: int
     num_tokens: int
     num_prefix: int = 0
+    may_drop: Callable[[int], bool] | None = None
 
     def saved_flops(self, num_sequences: int = 1, activation_checkpointing: bool = False) -> float:
         """Return which share of the FLOPs of a dense run is saved, heads and embeddings included.
@@ -92,7 +98,7 @@ class TokenPlan:
                 kept=kept,
             ).total
 
-        spent = sum(num * cost(self._kept(step)) for step, num in Counter(self._alike()).items())
+        spent = sum(num * cost(self._kept(step)) for step, num in Counter(self._alike).items())
         return 1 - spent / (cost({}) * self.num_steps)
 
     def progress(self) -> list[float]:
@@ -102,14 +108,14 @@ class TokenPlan:
             ``num_steps + 1`` numbers. Without dropping they are the steps themselves, exactly.
         """
         dense = layer_tokens(self.anatomy, 1, self.num_tokens, {})
-        alike = self._alike()
+        alike = self._alike
         spent = {step: layer_tokens(self.anatomy, 1, self.num_tokens, self._kept(step)) for step in set(alike)}
         return [total / dense for total in accumulate((spent[step] for step in alike), initial=0)]
 
     def num_graphs(self) -> int:
         """Return how many graphs blocks make that are compiled for each number of tokens by itself."""
         shapes: dict[tuple[int, ...], set[int]] = {}
-        kept_at = [self._kept(step) for step in set(self._alike())]
+        kept_at = [self._kept(step) for step in set(self._alike)]
         for index, block in enumerate(self.anatomy.blocks):
             num_tokens = self.anatomy.places[block.place](1, self.num_tokens)
             # Plain and shifted blocks are two kinds where there is more than one window.
@@ -119,18 +125,39 @@ class TokenPlan:
             shapes[kind] |= {kept[index] for kept in kept_at if index in kept}
         return sum(map(len, shapes.values()))
 
-    def _kept(self, step: int) -> dict[int, int]:
-        return kept_by_block(self.anatomy, self.blocks, self.schedule, step, self.num_tokens, self.num_prefix)
+    def kept(self, step: int) -> dict[int, int]:
+        """Return how many tokens each block runs on that does not run on all of them; one and the same for steps alike.
 
+        Args:
+            step: Completed optimizer steps.
+        """
+        return self._kept(self._alike[step])
+
+    def _kept(self, step: int) -> dict[int, int]:
+        if step not in self._kept_at:
+            self._kept_at[step] = (
+                {}
+                if step == _NONE_DROPPED
+                else kept_by_block(self.anatomy, self.blocks, self.schedule, step, self.num_tokens, self.num_prefix)
+            )
+        return self._kept_at[step]
+
+    @cached_property
+    def _kept_at(self) -> dict[int, dict[int, int]]:
+        return {}
+
+    @cached_property
     def _alike(self) -> list[int]:
-        """Return for each step the first one that keeps as much: runs have up to millions of steps, but few lengths."""
+        """For each step the first one that keeps as much: runs have up to millions of steps, but few lengths."""
         extents = set()
         for index in self.blocks:
             attention = self.anatomy.blocks[index].attention
             extents.add((self.anatomy.places[attention.place](1, self.num_tokens), attention.tile))
         first: dict[tuple[int, ...], int] = {}
         return [
-            first.setdefault(
+            _NONE_DROPPED
+            if self.may_drop is not None and not self.may_drop(step)
+            else first.setdefault(
                 tuple(
                     self.schedule.kept_tokens(step, num)
                     if tile is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-import lightning.pytorch as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -255,26 +254,3 @@ def why_nothing_was_dropped(was_called: bool) -> str:
         "RandomLTD dropped no token of a batch, though it is due: the model was called with a cache (use_cache=True), "
         "or its blocks as block.forward(...), which cannot be intercepted."
     )
-
-
-def check_trainer(trainer: L.Trainer, callback: L.Callback, scope: Scope) -> None:
-    """Check that the other callbacks leave the tokens alone.
-
-    Args:
-        trainer: The Trainer.
-        callback: Who asks.
-        scope: Which blocks share a draw.
-
-    Raises:
-        MisconfigurationException: If one does not.
-    """
-    for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if other is callback:
-            continue
-        if isinstance(other, type(callback)):
-            raise MisconfigurationException("Two RandomLTD callbacks would drop tokens of one model. Use one of them.")
-        if scope == "input" and getattr(other, "leaves_parameters_unused", False):
-            raise MisconfigurationException(
-                f'scope="input" takes tokens out before the first block, which {type(other).__name__} may skip. Use '
-                'scope="layer" or "route".'
-            )

@@ -1,0 +1,111 @@
+"""What holds for all methods of a run together, as a Lightning callback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_accel.methods.coordinator import Rules, coordinator_of
+from lit_accel.methods.requirements import check_rules
+from lit_accel.schedules import num_steps_of
+
+
+class Composition(L.Callback):
+    """Says what must hold where several methods act in one run. Without it they act as each of them is set.
+
+    Args:
+        dense_warmup: The start of the run, in which nothing is left out: optimizer steps (int) or a share of the run
+            (float).
+        dense_tail: The same at its end. Blocks and tokens are simply not dropped there; sizes and units have schedules
+            of their own, and one that reaches into these steps is refused.
+        drop_levels: At which levels of multi-level training blocks and tokens may be dropped. A small level is cheap
+            already: ``[0]`` drops at the full model alone. Default: at all of them.
+        least_cost: A run of several methods that would cost less than this share of the FLOPs of a dense one is
+            refused; 0 allows any. This limit also holds without the callback.
+
+    Raises:
+        ValueError: If an argument is none of the allowed values.
+
+    Example::
+
+        Trainer(callbacks=[MultiLevelTraining(), RandomLTD(), Composition(dense_tail=0.2, drop_levels=[0])])
+    """
+
+    def __init__(
+        self,
+        dense_warmup: int | float = 0,
+        dense_tail: int | float = 0,
+        drop_levels: Sequence[int] | None = None,
+        least_cost: float = 0.3,
+    ) -> None:
+        for name, duration in (("dense_warmup", dense_warmup), ("dense_tail", dense_tail)):
+            try:
+                num_steps_of(duration, 1)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        if not 0 <= least_cost < 1:
+            raise ValueError(f"least_cost is {least_cost}; it is a share of the FLOPs of a dense run, in [0, 1).")
+        if drop_levels is not None and any(
+            isinstance(level, bool) or not isinstance(level, int) or level < 0 for level in drop_levels
+        ):
+            raise ValueError(f"drop_levels is {drop_levels}; levels are integers, 0 for the full model.")
+        levels = None if drop_levels is None else tuple(drop_levels)
+        self.rules = Rules(dense_warmup, dense_tail, levels, least_cost)
+        self._loaded_rules: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse whatever could not work, before anything is trained."""
+        if stage != "fit":
+            return
+        others = [callback for callback in trainer.callbacks if isinstance(callback, Composition)]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            raise MisconfigurationException("Two Composition callbacks would contradict each other. Use one of them.")
+        coordinator_of(trainer).check()
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse what does not fit the run."""
+        coordinator = coordinator_of(trainer)
+        if self.rules.dense_warmup or self.rules.dense_tail:
+            num_steps = trainer.estimated_stepping_batches
+            if num_steps in (float("inf"), -1):
+                raise MisconfigurationException(
+                    "Composition must know how long the run is. Give the Trainer max_steps, or max_epochs with a data "
+                    "loader of known length."
+                )
+            start, end = coordinator.dense_steps
+            if start >= end and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                raise MisconfigurationException(
+                    f"dense_warmup and dense_tail take all of the {num_steps} optimizer steps: nothing would be left "
+                    "out. Shorten them."
+                )
+        num_levels = coordinator.num_levels
+        if wrong := [level for level in self.rules.drop_levels or () if level >= num_levels]:
+            raise MisconfigurationException(
+                f"drop_levels names level {wrong[0]}, and the levels of this run are 0"
+                f"{f' to {num_levels - 1}' if num_levels > 1 else ', the full model, alone'}."
+            )
+        coordinator.check_run(pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Warn if rules have changed since the checkpoint was written, and compare them across ranks."""
+        check_rules(trainer, self._rules(), self._loaded_rules, "composition")
+        self._loaded_rules = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rules."""
+        return {"version": 1, "rules": self._rules()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the rules for comparison."""
+        self._loaded_rules = dict(state_dict["rules"])
+
+    def _rules(self) -> dict[str, Any]:
+        levels = self.rules.drop_levels
+        return {
+            "dense_warmup": self.rules.dense_warmup,
+            "dense_tail": self.rules.dense_tail,
+            "drop_levels": None if levels is None else list(levels),
+        }

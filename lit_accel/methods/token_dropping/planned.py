@@ -1,0 +1,66 @@
+"""What random-LTD does in which step: pure functions of its settings and of the length of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from lit_accel.anatomy import Anatomy
+from lit_accel.methods.compatibility import RANDOM_LTD
+from lit_accel.methods.method import Method, Span
+from lit_accel.methods.token_dropping.dropper import Scope
+from lit_accel.methods.token_dropping.plan import TokenPlan
+from lit_accel.methods.token_dropping.refusals import dropping_blocks
+from lit_accel.methods.token_dropping.schedule import Compat, TokenSchedule
+
+
+class PlannedTokens(Method):
+    """Base of :class:`~lit_accel.RandomLTD`: which blocks drop tokens, and how many they keep when."""
+
+    title = RANDOM_LTD
+    decides = "tokens"
+
+    start_tokens: int | float
+    quantum: int
+    pinned: list[int]
+    scope: Scope
+    max_lengths: int | None
+    compat: Compat | None
+    num_steps: int | None
+    schedule: TokenSchedule | None
+    """How many tokens are kept; known once the length of the run is."""
+    _num_prefix: int
+
+    @property
+    def drops(self) -> bool:
+        """Whether any token is ever dropped."""
+        return self.start_tokens != 1.0 or isinstance(self.start_tokens, int)
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether no token is ever dropped."""
+        return not self.drops
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the schedule is known in optimizer steps."""
+        return self.schedule is not None
+
+    def spans(self) -> Sequence[Span]:
+        """Return the steps in which tokens may be dropped."""
+        assert self.schedule is not None
+        return [(0, self.schedule.growth_steps)]
+
+    def plan_tokens(self, anatomy: Anatomy, num_tokens: int) -> Callable[[int], Mapping[int, int]]:
+        """Return what says, for an optimizer step, how many tokens a block runs on that does not run on all of them.
+
+        Args:
+            anatomy: The model, at any of its sizes.
+            num_tokens: Tokens of a sequence.
+        """
+        assert self.schedule is not None
+        blocks = dropping_blocks(anatomy, self.pinned, self.scope)
+        plan = TokenPlan(anatomy, blocks, self.schedule, self.num_steps or 0, num_tokens, self._num_prefix)
+        return plan.kept
+
+    def _schedule_of(self, growth_steps: int) -> TokenSchedule:
+        return TokenSchedule(self.start_tokens, growth_steps, self.quantum, self.max_lengths, self.compat)
