@@ -1,54 +1,182 @@
-"""The ``lit-accel`` command: train from composable YAML."""
+"""The ``lit-accel`` command: train from composable YAML; plan a run before it, report on runs after."""
 
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
 from importlib.metadata import version
+from typing import Any
 
-from lightning.pytorch import LightningModule
+import lightning.pytorch as L
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # Imported for what it registers: the strategies that YAML knows by name.
 import lit_accel.strategies  # noqa: F401
+from lit_accel.compute import ComputeLedger
+
+_QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+class AccelTrainer(L.Trainer):
+    """Lightning's Trainer, which can also say what a run would cost; of ``lit-accel``."""
+
+    def plan(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        calibrate: bool = False,
+        picture: str | None = "plan.png",
+        num_sequences: int | None = None,
+        num_tokens: int | None = None,
+    ) -> None:
+        """Print what a run would cost and need, without training it.
+
+        Args:
+            model: The module; of the command line it has no weights.
+            datamodule: Its data module.
+            calibrate: Whether to train some steps on this machine, to predict seconds.
+            picture: Where to draw what each step costs, a PNG file; null for nowhere.
+            num_sequences: Sequences of a micro-batch. Default: those of the first training batch.
+            num_tokens: Tokens of each. Default: the same.
+        """
+        raise NotImplementedError("lit-accel plan does this; in Python call lit_accel.planning.plan.")
 
 
 class LitAccelCLI(LightningCLI):
-    """LightningCLI for any LightningModule and data module, with two differences.
+    """LightningCLI for any LightningModule and data module, with some differences.
 
     - The data sets the size of the model's input and output: the data module's ``vocab_size``, or its
       ``num_classes``, ``in_chans`` and ``image_size``, are linked to the model's arguments of these names. Where
       either lacks one, it is not linked and the model's own argument counts.
     - The module configures its optimizer. Left to LightningCLI, ``configure_optimizers`` would return one and
       the same optimizer for ever, and after a resize it would step parameters that no longer exist.
+    - Of several :class:`~lit_accel.ComputeLedger` the last one counts: fragments that compose each bring one.
+    - ``plan`` says what a run would cost, with a model that has no weights.
 
     Args:
         args: Arguments as on the command line; ``None`` takes those of the process.
     """
 
     def __init__(self, args: ArgsType = None) -> None:
+        self._is_on_meta = False
         super().__init__(
             LightningModule,
             # Naming no data module allows any, and also none: a module may bring its own loaders.
             datamodule_class=None,
+            trainer_class=AccelTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "prog": "lit-accel",
-                "description": "Train transformers at a lower cost. A later --config overrides the earlier.",
+                "description": "Train transformers at a lower cost. A later --config overrides the earlier. "
+                "`lit-accel report RUN [RUN ...]` compares finished runs; see `lit-accel report --help`.",
                 "version": version("lit-accel"),
             },
             args=args,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the subcommands, each with the arguments that are not the user's."""
+        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the vocabulary of the data, or its classes and the shape of its images, to the model."""
         for name in ("vocab_size", "num_classes", "in_chans", "image_size"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
+    def before_instantiate_classes(self) -> None:
+        """For a plan, have the model built without weights; the data is real."""
+        if self.subcommand != "plan":
+            return
+        self._is_on_meta = True
+
+        def build(class_type: type[LightningModule], *args: Any, **kwargs: Any) -> LightningModule:
+            if not self._is_on_meta:
+                return class_type(*args, **kwargs)
+            with torch.device("meta"):
+                return class_type(*args, **kwargs)
+
+        self.parser.add_instantiator(build, LightningModule, subclasses=True, prepend=True)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the Trainer: with one ledger, and for a plan on this machine's CPU, writing nothing."""
+        trainer = self._get(self.config_init, "trainer")
+        trainer["callbacks"] = _with_one_ledger(trainer.get("callbacks"))
+        if self._is_on_meta:
+            self.save_config_callback = None
+            kwargs = {**_QUIET, "accelerator": "cpu", "devices": 1, "num_nodes": 1, **kwargs}
+            if _world_size(trainer) != 1:
+                kwargs["strategy"] = "resizable"
+        return super().instantiate_trainer(**kwargs)
+
+    def plan(self, model: LightningModule, datamodule: LightningDataModule | None = None, **options: Any) -> None:
+        """Print what a run would cost and need; see :meth:`AccelTrainer.plan`."""
+        from rich.console import Console
+
+        from lit_accel import planning
+        from lit_accel.planning.calibration import calibrate
+        from lit_accel.planning.picture import draw_forecast
+        from lit_accel.planning.table import forecast_tables
+
+        config = self._get(self.config_init, "trainer")
+        world_size = _world_size(config)
+        forecast = planning.plan(
+            self.trainer,
+            model,
+            datamodule,
+            num_sequences=options["num_sequences"],
+            num_tokens=options["num_tokens"],
+            world_size=world_size,
+        )
+        if world_size != 1:
+            unchecked = (
+                f"planned for {world_size} processes as if on one: whether strategy {config['strategy']!r} can do all "
+                "of this was not checked."
+            )
+            forecast = replace(forecast, warnings=(*forecast.warnings, unchecked))
+        if options["calibrate"]:
+            self._is_on_meta = False
+            self.instantiate_classes()
+            trainer = super().instantiate_trainer(**_QUIET, enable_checkpointing=False)
+            forecast = replace(forecast, seconds=calibrate(trainer, self.model, self.datamodule, forecast.plan))
+        Console().print(forecast_tables(forecast))
+        if options["picture"] is not None:
+            draw_forecast(forecast, options["picture"])
+            print(f"Drawn in {options['picture']}.")
+
+
+def _with_one_ledger(callbacks: Any) -> list[L.Callback]:
+    """Leave out all ledgers but the last; the others keep their places."""
+    callbacks = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
+    last = next((callback for callback in reversed(callbacks) if isinstance(callback, ComputeLedger)), None)
+    return [callback for callback in callbacks if callback is last or not isinstance(callback, ComputeLedger)]
+
+
+def _world_size(trainer: Any) -> int:
+    """Return how many processes a Trainer's configuration asks for; "auto" is one here."""
+    devices, num_nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes") or 1)
+    if isinstance(devices, str):
+        devices = [part for part in devices.split(",") if part] if "," in devices else devices
+    if isinstance(devices, list):
+        return len(devices) * num_nodes
+    is_number = isinstance(devices, int) or str(devices).isdigit()
+    return max(1, int(devices)) * num_nodes if is_number else num_nodes
+
 
 def main(args: ArgsType = None) -> None:
-    """Run ``lit-accel fit | validate | test | predict``.
+    """Run ``lit-accel fit | validate | test | predict | plan | report``.
 
     Args:
         args: Arguments as on the command line; ``None`` takes those of the process.
     """
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] == ["report"]:
+        from lit_accel.report import command
+
+        sys.exit(command(given[1:]))
     LitAccelCLI(args)

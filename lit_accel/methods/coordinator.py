@@ -20,7 +20,7 @@ from lit_accel.resizing import full_size
 from lit_accel.schedules import num_steps_of
 
 # Longer runs are predicted from so many of their steps, evenly spread; for a first look fewer will do.
-MOST_STEPS, _FEW_STEPS = 50_000, 2_000
+MOST_STEPS, _FEW_STEPS = 20_000, 2_000
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,15 @@ class Method(L.Callback):
         """Whether the length of the run is known, and with it what is done in each step."""
         raise NotImplementedError
 
+    def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up the length of the run, and refuse what does not fit it.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: Its module.
+        """
+        raise NotImplementedError
+
     def spans(self) -> Sequence[Span]:
         """Return the steps in which something may be left out; it must be planned."""
         raise NotImplementedError

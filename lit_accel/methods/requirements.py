@@ -131,7 +131,8 @@ def check_levels(
                 check(level_map.small)
             except MisconfigurationException as error:
                 raise MisconfigurationException(
-                    f"At level {number} of {type(callback).__name__}: {error} Or reduce its depth less."
+                    f"At level {number} of {type(callback).__name__}: {error} Or reduce its depth less, or leave small "
+                    "levels as they are, with Composition(drop_levels=[0])."
                 ) from error
 
 

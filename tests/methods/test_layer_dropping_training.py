@@ -221,17 +221,15 @@ def test_kept_flops_of_a_long_run_are_the_planned_ones():
     """Bernoulli within 1 %; systematic to less than one block of one step."""
     from lit_accel.methods.layer_dropping.books import Tally
 
+    anatomy = anatomy_of(make_model("gpt2-tied", **{**DEEP, "blocks": 12}))
+    costs = (1,) * 12
     for sampler in ("systematic", "bernoulli"):
         callback, tally = ProgressiveLayerDropping(sampler=sampler), Tally()
-        anatomy = anatomy_of(make_model("gpt2-tied", **{**DEEP, "blocks": 12}))
-        callback._take(anatomy)
         callback.num_steps = 3_000
+        probabilities_at, draw = callback.plan_blocks(anatomy, 12), callback.planned_draws()
         for step in range(callback.num_steps):
-            callback._dropper = callback._dropper or type("Nobody", (), {"set": lambda *_: None})()
-            if step:
-                callback._num_expected += sum(callback.keep_probabilities)
-            callback._draw(step)
-            tally.add(callback.costs(), callback.keep, callback.keep_probabilities)
+            probabilities = probabilities_at(step)
+            tally.add(costs, draw(step, probabilities), probabilities)
         if sampler == "systematic":
             assert abs(tally.kept - tally.planned) < 1 + 1e-6
         assert tally.kept_share == pytest.approx(tally.planned_share, rel=0.01)

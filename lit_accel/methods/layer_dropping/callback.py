@@ -194,14 +194,15 @@ class LayerDropping(Method, ABC):
         self.num_steps = None
         # A module that makes its data in its own setup has none yet.
         if not self.needs_length or trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
-            self._plan(trainer)
+            self.resolve(trainer, pl_module)
 
     def _take(self, anatomy: Anatomy) -> None:
         self.anatomy, self._costs = anatomy, None
         drops = self.drops and self._coordinator.drops_from(anatomy)
         self.units = droppable_blocks(anatomy, self.pinned, type(self).__name__) if drops else []
 
-    def _plan(self, trainer: L.Trainer) -> None:
+    def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up the length of the run, and refuse what does not fit it."""
         if self.needs_length:
             num_steps = trainer.estimated_stepping_batches
             if num_steps in (float("inf"), -1):
@@ -215,7 +216,7 @@ class LayerDropping(Method, ABC):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Plan for data that the module has made by now."""
         if self.needs_length and self.num_steps is None:
-            self._plan(trainer)
+            self.resolve(trainer, pl_module)
         self._coordinator.check_run(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

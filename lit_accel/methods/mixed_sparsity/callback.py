@@ -202,9 +202,10 @@ class MixedSparsityTraining(PlannedUnits):
         check_levels(trainer, anatomy.at(full_size(pl_module)), lambda level: check_counts(self._targets_of(level)))
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
-            self._plan(trainer, pl_module)
+            self.resolve(trainer, pl_module)
 
-    def _plan(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up the length of the run, and refuse what does not fit it."""
         num_steps = trainer.estimated_stepping_batches
         if num_steps in (float("inf"), -1):
             raise MisconfigurationException(
@@ -225,7 +226,7 @@ class MixedSparsityTraining(PlannedUnits):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Plan for data that the module has made by now, and say what the run will cost."""
         if self.targets is None:
-            self._plan(trainer, pl_module)
+            self.resolve(trainer, pl_module)
         assert self.targets is not None
         coordinator_of(trainer).check_run(pl_module)
         check_optimizers(trainer)

@@ -190,9 +190,10 @@ class MultiLevelTraining(PlannedLevels):
         check_model(pl_module, self._path, transformer, anatomy, self.maps)
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
-            self._resolve_schedule(trainer)
+            self.resolve(trainer, pl_module)
 
-    def _resolve_schedule(self, trainer: L.Trainer) -> None:
+    def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up the length of the run, and refuse what does not fit it."""
         num_steps = trainer.estimated_stepping_batches
         if num_steps in (float("inf"), -1):
             raise MisconfigurationException(
@@ -209,7 +210,7 @@ class MultiLevelTraining(PlannedLevels):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check what exists only now: the optimizers and their schedulers, and data that the module has made."""
         if not self.schedule:
-            self._resolve_schedule(trainer)
+            self.resolve(trainer, pl_module)
         coordinator_of(trainer).check_run(pl_module)
         check_optimizers(
             trainer,

@@ -192,7 +192,7 @@ class RandomLTD(PlannedTokens):
         self.num_steps, self.schedule = None, None
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
-            self._plan(trainer)
+            self.resolve(trainer, pl_module)
 
     def _take(self, anatomy: Anatomy) -> None:
         self.anatomy = anatomy
@@ -205,7 +205,8 @@ class RandomLTD(PlannedTokens):
         data = getattr(trainer, "datamodule", None)
         return self.num_tokens or self.anatomy.num_tokens or getattr(data, "block_size", None)
 
-    def _plan(self, trainer: L.Trainer) -> None:
+    def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up the length of the run, and refuse what does not fit it."""
         num_steps = trainer.estimated_stepping_batches
         if num_steps not in (float("inf"), -1):
             self.num_steps = int(num_steps)
@@ -257,7 +258,7 @@ class RandomLTD(PlannedTokens):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Plan for data that the module has made by now, say what is saved, and tell the learning-rate schedule."""
         if self.schedule is None:
-            self._plan(trainer)
+            self.resolve(trainer, pl_module)
         num_tokens = self._known_tokens(trainer)
         if self.drops and num_tokens is not None:
             self._predict(pl_module, num_tokens)

@@ -12,9 +12,6 @@ from lit_accel.anatomy import Anatomy
 from lit_accel.compute.flops import training_flops
 from lit_accel.methods.token_dropping.schedule import TokenSchedule
 
-# Stands for all steps in which every block runs on every token.
-_NONE_DROPPED = -1
-
 
 def kept_by_block(
     anatomy: Anatomy, blocks: Collection[int], schedule: TokenSchedule, step: int, num_tokens: int, num_prefix: int = 0
@@ -98,7 +95,7 @@ class TokenPlan:
                 kept=kept,
             ).total
 
-        spent = sum(num * cost(self._kept(step)) for step, num in Counter(self._alike).items())
+        spent = sum(num * cost(self.kept(step)) for step, num in Counter(self._alike).items())
         return 1 - spent / (cost({}) * self.num_steps)
 
     def progress(self) -> list[float]:
@@ -109,13 +106,13 @@ class TokenPlan:
         """
         dense = layer_tokens(self.anatomy, 1, self.num_tokens, {})
         alike = self._alike
-        spent = {step: layer_tokens(self.anatomy, 1, self.num_tokens, self._kept(step)) for step in set(alike)}
+        spent = {step: layer_tokens(self.anatomy, 1, self.num_tokens, self.kept(step)) for step in set(alike)}
         return [total / dense for total in accumulate((spent[step] for step in alike), initial=0)]
 
     def num_graphs(self) -> int:
         """Return how many graphs blocks make that are compiled for each number of tokens by itself."""
         shapes: dict[tuple[int, ...], set[int]] = {}
-        kept_at = [self._kept(step) for step in set(self._alike)]
+        kept_at = [self.kept(step) for step in set(self._alike)]
         for index, block in enumerate(self.anatomy.blocks):
             num_tokens = self.anatomy.places[block.place](1, self.num_tokens)
             # Plain and shifted blocks are two kinds where there is more than one window.
@@ -131,40 +128,41 @@ class TokenPlan:
         Args:
             step: Completed optimizer steps.
         """
-        return self._kept(self._alike[step])
-
-    def _kept(self, step: int) -> dict[int, int]:
-        if step not in self._kept_at:
-            self._kept_at[step] = (
-                {}
-                if step == _NONE_DROPPED
-                else kept_by_block(self.anatomy, self.blocks, self.schedule, step, self.num_tokens, self.num_prefix)
+        key = self._key(step)
+        if key not in self._made:
+            self._made[key] = (
+                kept_by_block(self.anatomy, self.blocks, self.schedule, step, self.num_tokens, self.num_prefix)
+                if key
+                else {}
             )
-        return self._kept_at[step]
+        return self._made[key]
+
+    def _key(self, step: int) -> tuple[int, ...]:
+        """Return what is the same for steps alike: runs have up to millions of steps, but few lengths.
+
+        Empty where every block runs on every token.
+        """
+        if self.may_drop is not None and not self.may_drop(step):
+            return ()
+        schedule = self.schedule
+        return tuple(
+            schedule.kept_tokens(step, num) if tile is None else schedule.kept_windows(step, num // tile)
+            for num, tile in self._extents
+        )
 
     @cached_property
-    def _kept_at(self) -> dict[int, dict[int, int]]:
+    def _made(self) -> dict[tuple[int, ...], dict[int, int]]:
         return {}
 
     @cached_property
+    def _extents(self) -> list[tuple[int, int | None]]:
+        """Tokens and tiles of the attention of the blocks that drop, each kind once."""
+        attentions = [self.anatomy.blocks[index].attention for index in self.blocks]
+        places = self.anatomy.places
+        return list(dict.fromkeys((places[each.place](1, self.num_tokens), each.tile) for each in attentions))
+
+    @cached_property
     def _alike(self) -> list[int]:
-        """For each step the first one that keeps as much: runs have up to millions of steps, but few lengths."""
-        extents = set()
-        for index in self.blocks:
-            attention = self.anatomy.blocks[index].attention
-            extents.add((self.anatomy.places[attention.place](1, self.num_tokens), attention.tile))
+        """For each step the first one that keeps as much."""
         first: dict[tuple[int, ...], int] = {}
-        return [
-            _NONE_DROPPED
-            if self.may_drop is not None and not self.may_drop(step)
-            else first.setdefault(
-                tuple(
-                    self.schedule.kept_tokens(step, num)
-                    if tile is None
-                    else self.schedule.kept_windows(step, num // tile)
-                    for num, tile in extents
-                ),
-                step,
-            )
-            for step in range(self.num_steps)
-        ]
+        return [first.setdefault(self._key(step), step) for step in range(self.num_steps)]

@@ -1,0 +1,193 @@
+"""What a run will be like, before anything is trained: its cost by phase and by method, its memory, what speaks against
+it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lit_accel.anatomy import Anatomy, anatomy_of, build_resized, find_transformer, uses_activation_checkpointing
+from lit_accel.compute.plan import PlannedPhase, RunPlan, Workload
+from lit_accel.methods.coordinator import Coordinator, coordinator_of, workload_of
+from lit_accel.planning.first_call import FirstCall, first_call
+from lit_accel.planning.memory import MOMENTS, Activations, activations_of
+from lit_accel.planning.rehearsal import rehearse
+from lit_accel.resizing import full_size
+
+_BYTES = {"64-true": 8, "bf16-true": 2, "16-true": 2}
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """Most bytes that a phase needs at a time, of one process that holds the whole model.
+
+    Args:
+        weights: Of all parameters; units that are off are kept beside the model.
+        gradients: Of those that take part.
+        optimizer: What the optimizer keeps; ``None`` where its kind is not known.
+        activations: What the forward pass of a micro-batch saves for the backward pass; ``None`` where the model could
+            not be followed.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int | None
+    activations: float | None
+
+    @property
+    def total(self) -> float:
+        """All that is known of them."""
+        return self.weights + self.gradients + (self.optimizer or 0) + (self.activations or 0)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will be like.
+
+    Args:
+        plan: What it costs, with all methods together.
+        alone: What it would cost with each method alone, by the name of its callback.
+        workload: What an optimizer step works on.
+        memory: By phase.
+        warnings: What speaks against it.
+        is_expectation: Whether blocks that run depend on measurements or draws that were not made.
+        seconds: Predicted seconds of each phase, of those steps that were evaluated; ``None`` without a calibration.
+    """
+
+    plan: RunPlan
+    alone: dict[str, RunPlan]
+    workload: Workload
+    memory: tuple[PhaseMemory, ...]
+    warnings: tuple[str, ...]
+    is_expectation: bool
+    seconds: tuple[float, ...] | None = None
+
+
+def plan(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    datamodule: L.LightningDataModule | None = None,
+    *,
+    num_sequences: int | None = None,
+    num_tokens: int | None = None,
+    world_size: int | None = None,
+) -> Forecast:
+    """Predict what a run will cost and need, with the schedules of all its methods, step by step.
+
+    What ``trainer.fit`` would refuse before training is refused here too. The module may be built on the meta device
+    (``with torch.device("meta")``), so that models of any size can be planned.
+
+    Args:
+        trainer: The Trainer with its callbacks; it must not be used to train afterwards.
+        module: Its module.
+        datamodule: Its data module; ``None`` if the module brings its own loaders.
+        num_sequences: Sequences of a micro-batch. Default: those of the first training batch.
+        num_tokens: Tokens of each. Default: the same.
+        world_size: Processes of the run. Default: those of the trainer.
+
+    Raises:
+        MisconfigurationException: If the run is refused, or its length is not known.
+        PlanError: If it cannot be found out what the transformer is called with.
+    """
+
+    def make() -> Forecast:
+        return _forecast(trainer, module, num_sequences, num_tokens, world_size or trainer.world_size)
+
+    forecast, warnings = rehearse(trainer, module, datamodule, make)
+    return replace(forecast, warnings=tuple(warnings))
+
+
+def _forecast(
+    trainer: L.Trainer, module: L.LightningModule, num_sequences: int | None, num_tokens: int | None, world_size: int
+) -> Forecast:
+    if trainer.estimated_stepping_batches in (float("inf"), -1):
+        raise MisconfigurationException(
+            "A plan must know how long the run is. Give the Trainer max_steps, or max_epochs with a data loader of "
+            "known length."
+        )
+    transformer = find_transformer(module)[1]
+    full = anatomy_of(transformer).at(full_size(module))
+    coordinator = coordinator_of(trainer)
+    is_given = num_sequences is not None and num_tokens is not None
+    call = None if is_given else first_call(trainer, module)
+    known = workload_of(trainer, module, coordinator.methods)
+    workload = Workload(
+        num_sequences=num_sequences or (call.num_sequences if call else 1),
+        num_tokens=num_tokens or (call.num_tokens if call else 1),
+        num_micro_batches=trainer.accumulate_grad_batches * world_size,
+        num_merged=known.num_merged if known else {},
+        activation_checkpointing=transformer.training and uses_activation_checkpointing(transformer),
+    )
+    together = coordinator.plan(full, workload)
+    methods = coordinator.methods
+    alone = {type(method).__name__: coordinator.plan(full, workload, [method]) for method in methods}
+    levels = {phase.level: phase.anatomy for phase in together.phases}
+    activations = {level: _activations(transformer, anatomy, call, trainer) for level, anatomy in levels.items()}
+    num_moments = _num_moments(module)
+    memory = _memory(coordinator, together, activations, workload, str(trainer.precision), num_moments)
+    measured = any(method.measures_blocks for method in methods)
+    drawn = any(method.decides == "layers" for method in methods) and together.stride > 1
+    return Forecast(together, alone, workload, memory, (), measured or drawn)
+
+
+def _activations(
+    transformer: nn.Module, anatomy: Anatomy | None, call: FirstCall | None, trainer: L.Trainer
+) -> Activations | None:
+    if call is None or anatomy is None:
+        return None
+    present, model = anatomy_of(transformer), transformer
+    if anatomy.size != present.size:
+        with torch.device("meta"):
+            model = build_resized(transformer.to("meta"), present, anatomy.size)
+    try:
+        return activations_of(model.train(), call, str(trainer.precision))
+    except Exception:
+        # Any model can be trained, but not any can be followed without values; its cost is known all the same.
+        return None
+
+
+def _num_moments(module: L.LightningModule) -> int | None:
+    try:
+        configured = module.configure_optimizers()
+    except Exception:
+        # A module may need what exists in training alone.
+        return None
+    if isinstance(configured, dict):
+        configured = configured.get("optimizer")
+    kind = type(configured)
+    return MOMENTS.get(kind)
+
+
+def _memory(
+    coordinator: Coordinator,
+    run: RunPlan,
+    activations: dict[int, Activations | None],
+    workload: Workload,
+    precision: str,
+    num_moments: int | None,
+) -> tuple[PhaseMemory, ...]:
+    num_bytes = _BYTES.get(precision, 4)
+
+    def of(phase: PlannedPhase, end: int) -> PhaseMemory:
+        assert phase.anatomy is not None
+        saved = activations[phase.level]
+        weights = phase.anatomy.num_parameters * num_bytes
+        most = None
+        if saved is not None:
+            decisions = run.decisions[-(-phase.start // run.stride) : -(-end // run.stride)]
+            merged = workload.num_merged.get(phase.level, 1)
+            most = merged * saved.most(phase.anatomy, decisions, workload.num_tokens)
+        return PhaseMemory(
+            weights=weights,
+            gradients=phase.num_parameters * num_bytes,
+            optimizer=None if num_moments is None else num_moments * weights,
+            activations=most,
+        )
+
+    ends = [*(phase.start for phase in run.phases[1:]), run.num_steps]
+    return tuple(of(phase, end) for phase, end in zip(run.phases, ends, strict=True))
