@@ -1,0 +1,52 @@
+"""``lit-accel report``: the command line."""
+
+from __future__ import annotations
+
+import sys
+
+from jsonargparse import ArgumentError, ArgumentParser
+from rich.console import Console
+
+from lit_accel.report.build import report
+from lit_accel.report.console import print_report
+from lit_accel.report.runs import ReportError
+
+
+def command(args: list[str] | None = None) -> int:
+    """Run ``lit-accel report RUN [RUN ...]``.
+
+    Args:
+        args: Arguments as on the command line, after ``report``; ``None`` takes those of the process.
+
+    Returns:
+        The exit status: 0, or 2 after an error, which is one line on stderr.
+    """
+    parser = ArgumentParser(
+        prog="lit-accel report",
+        description="Say what methods saved against dense training, from the ledgers of finished runs.",
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=str,
+        metavar="RUN",
+        help="a ledger, a run's folder or a folder above runs; LABEL=RUN names its arm, by default its folder does",
+    )
+    parser.add_argument("--metric", type=str, default="val/loss", help="a monitored loss: lower is better")
+    parser.add_argument(
+        "--dense",
+        nargs="+",
+        type=str,
+        metavar="LABEL",
+        help="the arms that make up the dense frontier; by default those that saved and added nothing",
+    )
+    parser.add_argument("--output", type=str, default=".", help="folder of report.html and report.png")
+    try:
+        given = parser.parse_args(args)
+        made = report(given.runs, given.metric, given.dense, given.output)
+    except (ArgumentError, ReportError) as error:
+        print(f"lit-accel report: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print_report(made, Console())
+    return 0

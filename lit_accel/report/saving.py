@@ -1,0 +1,99 @@
+"""What an arm saved at equal loss, with an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lit_accel.report.frontier import NUM_DRAWS, Frontier
+from lit_accel.report.noise import Cell, estimate_noise
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What an arm saved at one budget against dense training that ends at the same loss, in FLOPs or in seconds.
+
+    Args:
+        cost: What the arm spent; the geometric mean of its seeds.
+        loss: Where it ended; the mean of its seeds.
+        dense_cost: What dense training costs to end there; ``None`` if that cannot be said.
+        reason: Why not, or ``None``.
+        median: The median of the draws; ``None`` without an interval.
+        low: Where the 95 % interval of the saving begins; minus infinity where draws left the measured range.
+        high: Where it ends; infinity where draws left the measured range.
+        interval: What the interval rests on, or why there is none.
+        share_outside: The share of draws outside of the measured range.
+    """
+
+    cost: float
+    loss: float
+    dense_cost: float | None
+    reason: str | None
+    median: float | None = None
+    low: float | None = None
+    high: float | None = None
+    interval: str = ""
+    share_outside: float = 0.0
+
+    @property
+    def share(self) -> float | None:
+        """The share of the dense cost that was saved; negative if the arm cost more."""
+        return None if self.dense_cost is None else 1 - self.cost / self.dense_cost
+
+
+def saving_against(
+    frontier: Frontier, cell: Cell, arm: Sequence[Cell], num_draws: int = NUM_DRAWS, seed: int = 0
+) -> Saving:
+    """Compare an arm at one budget with the dense frontier.
+
+    Args:
+        frontier: The frontier.
+        cell: The arm's runs at the budget.
+        arm: The arm's cells at all budgets, for what they say about the scatter of seeds.
+        num_draws: Draws of the bootstrap.
+        seed: Of the draws.
+    """
+    log_cost, loss = (float(value) for value in cell.mean)
+    cost = float(np.exp(log_cost))
+    if frontier.curve is None:
+        return Saving(cost, loss, None, "no dense frontier")
+    low, high = frontier.losses
+    if not low <= loss <= high:
+        side = "better" if loss < low else "worse"
+        return Saving(cost, loss, None, f"outside the measured range: {side} than every dense end")
+    dense_log_cost = float(frontier.curve.log_cost(np.array([loss]))[0])
+    if not np.isfinite(dense_log_cost):
+        return Saving(cost, loss, None, "outside the measured range: at or below the floor of the dense curve")
+    dense_cost = float(np.exp(dense_log_cost))
+    noise = estimate_noise(frontier.cells, arm, frontier.curve)
+    if noise is None:
+        return Saving(cost, loss, dense_cost, None, interval="one seed: no interval")
+    means = noise.draw((*frontier.cells, cell), num_draws, np.random.default_rng(seed))
+    curves = frontier.fit(means[:, :-1])
+    drawn_loss = means[:, -1, 1]
+    savings = -np.expm1(means[:, -1, 0] - curves.log_cost(drawn_loss))
+    is_better, is_worse = drawn_loss < low, drawn_loss > high
+    # A floor above the loss: dense training would not get there at any cost, as far as this draw can tell.
+    is_better |= curves.exists & (drawn_loss <= curves.floor)
+    is_unknown = ~curves.exists & ~is_better & ~is_worse
+    # Draws outside are not cut: they are worse or better than any number, and those without a curve may be either.
+    at_worst = np.where(is_worse | is_unknown, -np.inf, np.where(is_better, np.inf, savings))
+    at_best = np.where(is_better | is_unknown, np.inf, np.where(is_worse, -np.inf, savings))
+    return Saving(
+        cost,
+        loss,
+        dense_cost,
+        None,
+        median=_quantile(at_worst, 0.5),
+        low=_quantile(at_worst, 0.025),
+        high=_quantile(at_best, 0.975),
+        interval=f"scatter from {noise.source}, {noise.num_free} degrees of freedom",
+        share_outside=float(np.mean(is_better | is_worse | is_unknown)),
+    )
+
+
+def _quantile(values: np.ndarray, share: float) -> float:
+    # Without interpolation: between a number and infinity there is none.
+    return float(np.quantile(values, share, method="inverted_cdf"))
