@@ -104,12 +104,14 @@ class LitAccelCLI(LightningCLI):
         self.parser.add_instantiator(build, LightningModule, subclasses=True, prepend=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Build the Trainer: with one ledger, and for a plan on this machine's CPU, writing nothing."""
+        """Build the Trainer: with one ledger, and for a plan writing nothing, without weights on the CPU."""
         trainer = self._get(self.config_init, "trainer")
         trainer["callbacks"] = _with_one_ledger(trainer.get("callbacks"))
-        if self._is_on_meta:
+        if self.subcommand == "plan":
             self.save_config_callback = None
-            kwargs = {**_QUIET, "accelerator": "cpu", "devices": 1, "num_nodes": 1, **kwargs}
+            kwargs = {**_QUIET, **kwargs}
+        if self._is_on_meta:
+            kwargs = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, **kwargs}
             if _world_size(trainer) != 1:
                 kwargs["strategy"] = "resizable"
         return super().instantiate_trainer(**kwargs)
@@ -142,8 +144,8 @@ class LitAccelCLI(LightningCLI):
         if options["calibrate"]:
             self._is_on_meta = False
             self.instantiate_classes()
-            trainer = super().instantiate_trainer(**_QUIET, enable_checkpointing=False)
-            forecast = replace(forecast, seconds=calibrate(trainer, self.model, self.datamodule, forecast.plan))
+            seconds = calibrate(self.trainer, self.model, self.datamodule, forecast.plan)
+            forecast = replace(forecast, seconds=seconds)
         Console().print(forecast_tables(forecast))
         if options["picture"] is not None:
             draw_forecast(forecast, options["picture"])
@@ -153,8 +155,8 @@ class LitAccelCLI(LightningCLI):
 def _with_one_ledger(callbacks: Any) -> list[L.Callback]:
     """Leave out all ledgers but the last; the others keep their places."""
     callbacks = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
-    last = next((callback for callback in reversed(callbacks) if isinstance(callback, ComputeLedger)), None)
-    return [callback for callback in callbacks if callback is last or not isinstance(callback, ComputeLedger)]
+    ledgers = [callback for callback in callbacks if isinstance(callback, ComputeLedger)]
+    return [callback for callback in callbacks if callback not in ledgers[:-1]]
 
 
 def _world_size(trainer: Any) -> int:

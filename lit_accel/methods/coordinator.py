@@ -52,7 +52,7 @@ class Coordinator:
     def begin(self) -> None:
         """Forget what was known of an earlier fit."""
         self._dense: tuple[int, float] | None = None
-        self._is_checked = False
+        self._is_checked = self._is_cost_checked = False
 
     @property
     def trainer(self) -> L.Trainer:
@@ -119,8 +119,23 @@ class Coordinator:
         if not is_rehearsal:
             self._check_dense_steps(methods)
         workload = workload_of(self.trainer, module, methods)
-        if len(methods) < 2 or workload is None or is_rehearsal:
+        if workload is not None:
+            self.check_cost(module, workload)
+
+    def check_cost(self, module: L.LightningModule, workload: Workload) -> None:
+        """Say what a run of several methods will cost, once, and refuse it if hardly anything is left of it.
+
+        Args:
+            module: The LightningModule.
+            workload: What an optimizer step works on.
+
+        Raises:
+            MisconfigurationException: If it costs less than the least that is allowed.
+        """
+        methods = self.methods
+        if self._is_cost_checked or len(methods) < 2 or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        self._is_cost_checked = True
         full = anatomy_of(find_transformer(module)[1]).at(full_size(module))
         share = self.plan(full, workload, most_steps=_FEW_STEPS, draws=False).share
         names = ", ".join(type(method).__name__ for method in methods)
@@ -132,6 +147,17 @@ class Coordinator:
                 "much noise from several methods at once has not been shown to pay. Leave out less, or say that you "
                 "want it with Composition(least_cost=0)."
             )
+
+    def on_first_call(self, module: L.LightningModule, num_sequences: int, num_tokens: int) -> None:
+        """Check the cost of a run of which nobody has said before how long its sequences are.
+
+        Args:
+            module: The LightningModule.
+            num_sequences: Sequences of a call of the transformer.
+            num_tokens: Tokens of each.
+        """
+        if not self._is_cost_checked:
+            self.check_cost(module, Workload(num_sequences, num_tokens))
 
     def _check_dense_steps(self, methods: Sequence[Method]) -> None:
         """Refuse what cannot simply be left undone for some steps: sizes and units have schedules of their own."""

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lit_accel.compute.plan import RunPlan
 from lit_accel.compute.stopwatch import synchronize
 from lit_accel.methods.composition import Composition
-from lit_accel.methods.coordinator import coordinator_of
 from lit_accel.methods.method import Method
 
 NUM_TIMED = 5
@@ -90,14 +89,11 @@ class _Jumps(L.Callback):
 
     def __init__(self, plan: RunPlan, places: Sequence[int], num_untimed: int) -> None:
         self._plan, self._places, self._num_untimed = plan, list(places), num_untimed
+        self._step, self._mark = 0, 0.0
         self.timed: list[tuple[int, list[float]]] = []
         """The first step of each place, and the seconds of each step there."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Before the length of the run is forgotten, so that it never ends by itself.
-        _ = coordinator_of(trainer).dense_steps
-        trainer.fit_loop.max_epochs = -1
-        trainer.fit_loop.epoch_loop.max_steps = -1
         self._jump(trainer)
 
     def on_train_batch_end(

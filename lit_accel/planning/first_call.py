@@ -53,7 +53,7 @@ def first_call(trainer: L.Trainer, module: L.LightningModule) -> FirstCall:
         PlanError: If the training step does not get there.
     """
     trainer.fit_loop.setup_data()
-    batch = next(iter(trainer.train_dataloader), None)
+    batch = next(iter(trainer.train_dataloader or ()), None)
     if batch is None:
         raise PlanError("There is no batch to train on: the training data is empty. Check the data module.")
     transformer = find_transformer(module)[1]

@@ -5,6 +5,7 @@ it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -123,6 +124,7 @@ def _forecast(
         num_merged=known.num_merged if known else {},
         activation_checkpointing=transformer.training and uses_activation_checkpointing(transformer),
     )
+    coordinator.check_cost(module, workload)
     together = coordinator.plan(full, workload)
     methods = coordinator.methods
     alone = {type(method).__name__: coordinator.plan(full, workload, [method]) for method in methods}
@@ -142,8 +144,8 @@ def _activations(
         return None
     present, model = anatomy_of(transformer), transformer
     if anatomy.size != present.size:
-        with torch.device("meta"):
-            model = build_resized(transformer.to("meta"), present, anatomy.size)
+        with torch.device(next(transformer.parameters()).device):
+            model = build_resized(transformer, present, anatomy.size)
     try:
         return activations_of(model.train(), call, str(trainer.precision))
     except Exception:
@@ -153,14 +155,13 @@ def _activations(
 
 def _num_moments(module: L.LightningModule) -> int | None:
     try:
-        configured = module.configure_optimizers()
+        configured: Any = module.configure_optimizers()
     except Exception:
         # A module may need what exists in training alone.
         return None
     if isinstance(configured, dict):
         configured = configured.get("optimizer")
-    kind = type(configured)
-    return MOMENTS.get(kind)
+    return MOMENTS.get(type(configured))
 
 
 def _memory(

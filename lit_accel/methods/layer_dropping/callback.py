@@ -261,6 +261,8 @@ class LayerDropping(Method, ABC):
     def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
         if num_tokens != self._num_tokens:
             self._num_tokens, self._costs = num_tokens, None
+        if self._observer is not None:
+            self._coordinator.on_first_call(self._observer.module, num_sequences, num_tokens)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the model as it was; Lightning does not call ``teardown`` then."""

@@ -33,7 +33,6 @@ from lit_accel.methods.token_dropping.books import TokenBooks, TokenCount
 from lit_accel.methods.token_dropping.deepspeed import translate
 from lit_accel.methods.token_dropping.dropper import Scope, TokenDropper
 from lit_accel.methods.token_dropping.learning_rate import LayerTokenLR
-from lit_accel.methods.token_dropping.plan import TokenPlan
 from lit_accel.methods.token_dropping.planned import PlannedTokens
 from lit_accel.methods.token_dropping.refusals import (
     check_arguments,
@@ -199,12 +198,6 @@ class RandomLTD(PlannedTokens):
         drops = self.drops and self._coordinator.drops_from(anatomy)
         self.blocks = dropping_blocks(anatomy, self.pinned, self.scope) if drops else ()
 
-    def _known_tokens(self, trainer: L.Trainer) -> int | None:
-        """Return the tokens of a sequence, where they are known before the first one is seen."""
-        assert self.anatomy is not None
-        data = getattr(trainer, "datamodule", None)
-        return self.num_tokens or self.anatomy.num_tokens or getattr(data, "block_size", None)
-
     def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the length of the run, and refuse what does not fit it."""
         num_steps = trainer.estimated_stepping_batches
@@ -244,16 +237,6 @@ class RandomLTD(PlannedTokens):
                 f"RandomLTD alone will save {saved:.1%} of the FLOPs of a dense run: {len(plan.blocks)} of its "
                 f"{len(plan.anatomy.blocks)} blocks do not see every token before step {plan.schedule.growth_steps}."
             )
-
-    def _plan_for(self, pl_module: L.LightningModule, num_tokens: int) -> TokenPlan:
-        assert self.schedule is not None
-        assert self.num_steps is not None
-        # Of the full model, also where a run goes on from a small phase.
-        anatomy = anatomy_of(find_transformer(pl_module)[1]).at(full_size(pl_module))
-        blocks = dropping_blocks(anatomy, self.pinned, self.scope)
-        return TokenPlan(
-            anatomy, blocks, self.schedule, self.num_steps, num_tokens, self._num_prefix, self._coordinator.may_drop
-        )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Plan for data that the module has made by now, say what is saved, and tell the learning-rate schedule."""
@@ -358,6 +341,7 @@ class RandomLTD(PlannedTokens):
         if not self._has_predicted:
             check_first_batch(self.start_tokens, num_tokens)
             self._predict(self._observer.module, num_tokens)
+        self._coordinator.on_first_call(self._observer.module, num_sequences, num_tokens)
         self._books.begin_call(anatomy, self.blocks, num_sequences, num_tokens)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lit_accel.anatomy import Anatomy
+import lightning.pytorch as L
+
+from lit_accel.anatomy import Anatomy, anatomy_of, find_transformer
 from lit_accel.methods.compatibility import RANDOM_LTD
+from lit_accel.methods.coordinator import Coordinator
 from lit_accel.methods.method import Method, Span
 from lit_accel.methods.token_dropping.dropper import Scope
 from lit_accel.methods.token_dropping.plan import TokenPlan
 from lit_accel.methods.token_dropping.refusals import dropping_blocks
 from lit_accel.methods.token_dropping.schedule import Compat, TokenSchedule
+from lit_accel.resizing import full_size
 
 
 class PlannedTokens(Method):
@@ -28,7 +32,10 @@ class PlannedTokens(Method):
     num_steps: int | None
     schedule: TokenSchedule | None
     """How many tokens are kept; known once the length of the run is."""
+    num_tokens: int | None
+    anatomy: Anatomy | None
     _num_prefix: int
+    _coordinator: Coordinator
 
     @property
     def drops(self) -> bool:
@@ -64,3 +71,19 @@ class PlannedTokens(Method):
 
     def _schedule_of(self, growth_steps: int) -> TokenSchedule:
         return TokenSchedule(self.start_tokens, growth_steps, self.quantum, self.max_lengths, self.compat)
+
+    def _known_tokens(self, trainer: L.Trainer) -> int | None:
+        """Return the tokens of a sequence, where they are known before the first one is seen."""
+        assert self.anatomy is not None
+        data = getattr(trainer, "datamodule", None)
+        return self.num_tokens or self.anatomy.num_tokens or getattr(data, "block_size", None)
+
+    def _plan_for(self, pl_module: L.LightningModule, num_tokens: int) -> TokenPlan:
+        assert self.schedule is not None
+        assert self.num_steps is not None
+        # Of the full model, also where a run goes on from a small phase.
+        anatomy = anatomy_of(find_transformer(pl_module)[1]).at(full_size(pl_module))
+        blocks = dropping_blocks(anatomy, self.pinned, self.scope)
+        return TokenPlan(
+            anatomy, blocks, self.schedule, self.num_steps, num_tokens, self._num_prefix, self._coordinator.may_drop
+        )
