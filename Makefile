@@ -38,6 +38,7 @@ bench: $(STAMP)  ## the measurements behind the README; resumes where it stopped
 	$(BIN)/python -m scripts.measure_layer_dropping
 	$(BIN)/python -m scripts.measure_token_dropping
 	$(BIN)/python -m scripts.measure_mixed_sparsity
+	$(BIN)/python -m scripts.measure_plan
 	$(BIN)/python -m scripts.compare_layer_dropping
 	$(BIN)/python -m scripts.compare_token_dropping
 	$(BIN)/python -m scripts.compare_mixed_sparsity

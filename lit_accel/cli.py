@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as L
 import torch
@@ -15,6 +15,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 # Imported for what it registers: the strategies that YAML knows by name.
 import lit_accel.strategies  # noqa: F401
 from lit_accel.compute import ComputeLedger
+
+if TYPE_CHECKING:
+    from lit_accel.planning import Forecast
 
 _QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -61,6 +64,8 @@ class LitAccelCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         self._is_on_meta = False
+        self.forecast: Forecast | None = None
+        """What ``plan`` has found out."""
         super().__init__(
             LightningModule,
             # Naming no data module allows any, and also none: a module may bring its own loaders.
@@ -146,6 +151,7 @@ class LitAccelCLI(LightningCLI):
             self.instantiate_classes()
             seconds = calibrate(self.trainer, self.model, self.datamodule, forecast.plan)
             forecast = replace(forecast, seconds=seconds)
+        self.forecast = forecast
         Console().print(forecast_tables(forecast))
         if options["picture"] is not None:
             draw_forecast(forecast, options["picture"])

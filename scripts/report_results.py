@@ -17,6 +17,7 @@ from scripts import compare_layer_dropping as layer_dropping
 from scripts import compare_mixed_sparsity as mixed_sparsity
 from scripts import compare_token_dropping as token_dropping
 from scripts import compare_vision as vision
+from scripts import composition_tables, measure_plan
 from scripts.compare_presets import CHOICES, CHOICES_LR, DEFAULT, SETUPS, VARIANTS, read_results
 from scripts.comparison import Comparison
 
@@ -325,6 +326,34 @@ def transition_table() -> str:
     )
 
 
+def plan_table() -> str:
+    """Return how well runs were predicted."""
+    record = json.loads(measure_plan.RESULTS.read_text())
+    lines = [
+        "| recipe | FLOPs of dense | planned FLOPs | predicted seconds | seconds | off by |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for recipe, run in record["runs"].items():
+        planned, trained = sum(run["planned"]["seconds"]), sum(run["trained"]["seconds"])
+        is_exact = run["planned"]["flops"] == run["trained"]["flops"]
+        lines.append(
+            f"| {recipe} | {measure_plan.trained_share(run):.1%} | "
+            f"{'exact' if is_exact else f'{measure_plan.flops_off(run):+.2%}'} | {planned:.1f} | {trained:.1f} | "
+            f"{planned / trained - 1:+.1%} |"
+        )
+    steps = {run["steps"] for run in record["runs"].values()}
+    return "\n".join(
+        [
+            f"Small recipes of {', '.join(map(str, sorted(steps)))} optimizer steps, planned with",
+            "`--calibrate true` and then trained, without validation and checkpoints:",
+            "",
+            *lines,
+            "",
+            f"`python -m scripts.measure_plan`; {machine(record['provenance'])}.",
+        ]
+    )
+
+
 def filled(path: Path, blocks: dict[str, str]) -> str:
     """Return a file's text with the blocks between its markers replaced."""
     text = path.read_text()
@@ -374,6 +403,11 @@ def main() -> None:
                 ]
             )
         },
+        ROOT / "docs/composition.md": {
+            "facts": composition_tables.facts_table(),
+            "pairs": composition_tables.pairs_table(),
+        },
+        ROOT / "docs/plan_and_report.md": {"results:plan": plan_table()},
     }
     for path, blocks in targets.items():
         text = filled(path, blocks)

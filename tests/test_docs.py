@@ -19,6 +19,8 @@ DOCUMENTS = [
     "lit_accel/methods/token_dropping/README.md",
     "lit_accel/methods/mixed_sparsity/README.md",
     "docs/new_family.md",
+    "docs/composition.md",
+    "docs/plan_and_report.md",
 ]
 
 

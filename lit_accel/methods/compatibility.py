@@ -248,9 +248,3 @@ def warn_about(warnings: Iterable[str]) -> None:
     """Say what speaks against a combination."""
     for warning in warnings:
         rank_zero_warn(warning)
-
-
-def table_of_pairs() -> str:
-    """Return the pairs as a Markdown table, for the documentation."""
-    rows = [f"| {pair.first} + {pair.second} | {pair.verdict} | {pair.reason} |" for pair in PAIRS]
-    return "\n".join(["| methods | verdict | because |", "| --- | --- | --- |", *rows])

@@ -22,7 +22,7 @@ NUM_TIMED = 5
 def calibrate(
     trainer: L.Trainer,
     module: L.LightningModule,
-    datamodule: L.LightningDataModule | None,
+    data: Any,
     plan: RunPlan,
 ) -> tuple[float, ...]:
     """Predict the seconds of each phase of a run.
@@ -36,7 +36,7 @@ def calibrate(
         trainer: A Trainer like that of the run; its other callbacks, loggers and validation are left out. It must not
             be used to train afterwards.
         module: Its module, with weights, which are trained for some steps.
-        datamodule: Its data module; ``None`` if the module brings its own loaders.
+        data: Its data module or training loader; ``None`` if the module brings its own.
         plan: What the run costs.
 
     Returns:
@@ -57,7 +57,7 @@ def calibrate(
     trainer.callbacks = [*kept, jumps]  # type: ignore[attr-defined]
     trainer.loggers = []
     trainer.limit_val_batches = 0
-    trainer.fit(module, datamodule=datamodule)
+    trainer.fit(module, data)
     return tuple(_seconds_of(plan, index, jumps.timed) for index in range(len(plan.phases)))
 
 

@@ -72,7 +72,7 @@ class Forecast:
 def plan(
     trainer: L.Trainer,
     module: L.LightningModule,
-    datamodule: L.LightningDataModule | None = None,
+    data: Any = None,
     *,
     num_sequences: int | None = None,
     num_tokens: int | None = None,
@@ -86,7 +86,7 @@ def plan(
     Args:
         trainer: The Trainer with its callbacks; it must not be used to train afterwards.
         module: Its module.
-        datamodule: Its data module; ``None`` if the module brings its own loaders.
+        data: Its data module or training loader; ``None`` if the module brings its own.
         num_sequences: Sequences of a micro-batch. Default: those of the first training batch.
         num_tokens: Tokens of each. Default: the same.
         world_size: Processes of the run. Default: those of the trainer.
@@ -99,7 +99,7 @@ def plan(
     def make() -> Forecast:
         return _forecast(trainer, module, num_sequences, num_tokens, world_size or trainer.world_size)
 
-    forecast, warnings = rehearse(trainer, module, datamodule, make)
+    forecast, warnings = rehearse(trainer, module, data, make)
     return replace(forecast, warnings=tuple(warnings))
 
 

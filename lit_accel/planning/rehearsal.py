@@ -21,7 +21,7 @@ class _RehearsalOver(Exception):  # noqa: N818 - it is no error
 def rehearse(
     trainer: L.Trainer,
     module: L.LightningModule,
-    datamodule: L.LightningDataModule | None,
+    data: Any,
     make: Callable[[], _Made],
 ) -> tuple[_Made, list[str]]:
     """Set a fit up, and call a function where it would put the model on its device and train.
@@ -32,7 +32,7 @@ def rehearse(
     Args:
         trainer: The Trainer; it must not be used to train afterwards.
         module: Its module, whose parameters may be on the meta device.
-        datamodule: Its data module; ``None`` if the module brings its own loaders.
+        data: Its data module or training loader; ``None`` if the module brings its own.
         make: Called when all is set up.
 
     Returns:
@@ -63,7 +63,7 @@ def rehearse(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            trainer.fit(module, datamodule=datamodule)
+            trainer.fit(module, data)
         except _RehearsalOver:
             pass
         finally:
