@@ -21,6 +21,7 @@ DOCUMENTS = [
     "docs/new_family.md",
     "docs/composition.md",
     "docs/plan_and_report.md",
+    "configs/README.md",
 ]
 
 

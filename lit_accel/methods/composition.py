@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -23,6 +23,9 @@ class Composition(L.Callback):
             of their own, and one that reaches into these steps is refused.
         drop_levels: At which levels of multi-level training blocks and tokens may be dropped. A small level is cheap
             already: ``[0]`` drops at the full model alone. Default: at all of them.
+        schedules: How the schedules of blocks and tokens go beside multi-level training. ``"run"``: once through the
+            run, whatever its level. ``"level"``: at each level once, over the steps that the run spends there, as if
+            these were the whole run.
         least_cost: A run of several methods that would cost less than this share of the FLOPs of a dense one is
             refused; 0 allows any. This limit also holds without the callback.
 
@@ -39,6 +42,7 @@ class Composition(L.Callback):
         dense_warmup: int | float = 0,
         dense_tail: int | float = 0,
         drop_levels: Sequence[int] | None = None,
+        schedules: Literal["run", "level"] = "run",
         least_cost: float = 0.3,
     ) -> None:
         for name, duration in (("dense_warmup", dense_warmup), ("dense_tail", dense_tail)):
@@ -53,7 +57,9 @@ class Composition(L.Callback):
         ):
             raise ValueError(f"drop_levels is {drop_levels}; levels are integers, 0 for the full model.")
         levels = None if drop_levels is None else tuple(drop_levels)
-        self.rules = Rules(dense_warmup, dense_tail, levels, least_cost)
+        if schedules not in ("run", "level"):
+            raise ValueError(f"schedules is {schedules!r}; allowed are 'run' and 'level'.")
+        self.rules = Rules(dense_warmup, dense_tail, levels, schedules, least_cost)
         self._loaded_rules: dict[str, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -68,19 +74,12 @@ class Composition(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what does not fit the run."""
         coordinator = coordinator_of(trainer)
-        if self.rules.dense_warmup or self.rules.dense_tail:
-            num_steps = trainer.estimated_stepping_batches
-            if num_steps in (float("inf"), -1):
-                raise MisconfigurationException(
-                    "Composition must know how long the run is. Give the Trainer max_steps, or max_epochs with a data "
-                    "loader of known length."
-                )
-            start, end = coordinator.dense_steps
-            if start >= end and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                raise MisconfigurationException(
-                    f"dense_warmup and dense_tail take all of the {num_steps} optimizer steps: nothing would be left "
-                    "out. Shorten them."
-                )
+        start, end = coordinator.dense_steps
+        if start >= end and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"dense_warmup ends at step {start}, where dense_tail has begun (at {end:.0f}): nothing would be left "
+                "out. Shorten them."
+            )
         num_levels = coordinator.num_levels
         if wrong := [level for level in self.rules.drop_levels or () if level >= num_levels]:
             raise MisconfigurationException(
@@ -108,4 +107,5 @@ class Composition(L.Callback):
             "dense_warmup": self.rules.dense_warmup,
             "dense_tail": self.rules.dense_tail,
             "drop_levels": None if levels is None else list(levels),
+            "schedules": self.rules.schedules,
         }

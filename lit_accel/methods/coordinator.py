@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_info
@@ -30,6 +30,7 @@ class Rules:
     dense_warmup: int | float = 0
     dense_tail: int | float = 0
     drop_levels: tuple[int, ...] | None = None
+    schedules: Literal["run", "level"] = "run"
     least_cost: float = 0.3
 
 
@@ -136,6 +137,9 @@ class Coordinator:
         if self._is_cost_checked or len(methods) < 2 or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._is_cost_checked = True
+        if self._num_steps is None:
+            # A run without an end has no cost.
+            return
         full = anatomy_of(find_transformer(module)[1]).at(full_size(module))
         share = self.plan(full, workload, most_steps=_FEW_STEPS, draws=False).share
         names = ", ".join(type(method).__name__ for method in methods)
@@ -178,6 +182,20 @@ class Coordinator:
     # During training
 
     @property
+    def _num_steps(self) -> int | None:
+        num_steps = self.trainer.estimated_stepping_batches
+        return None if num_steps in (float("inf"), -1) else int(num_steps)
+
+    def _require_num_steps(self) -> int:
+        num_steps = self._num_steps
+        if num_steps is None:
+            raise MisconfigurationException(
+                "Composition must know how long the run is. Give the Trainer max_steps, or max_epochs with a data "
+                "loader of known length."
+            )
+        return num_steps
+
+    @property
     def dense_steps(self) -> tuple[int, float]:
         """The end of the steps at the start, and the start of those at the end, in which nothing is left out."""
         if self._dense is None:
@@ -185,7 +203,7 @@ class Coordinator:
             if rules.dense_warmup == 0 and rules.dense_tail == 0:
                 self._dense = 0, math.inf
             else:
-                num_steps = int(self.trainer.estimated_stepping_batches)
+                num_steps = self._require_num_steps()
                 warmup, tail = (num_steps_of(d, num_steps) for d in (rules.dense_warmup, rules.dense_tail))
                 self._dense = warmup, num_steps - tail
         return self._dense
@@ -243,6 +261,21 @@ class Coordinator:
         """
         return next((m.level_at(step) for m in self._deciding("size")), 0)
 
+    def schedule_step(self, step: int) -> int:
+        """Return where the schedules of blocks and tokens are in an optimizer step.
+
+        Where each level runs through them by itself, this is the share of the level's steps that is done, in steps of
+        the whole run.
+
+        Args:
+            step: The step.
+        """
+        levels = self._deciding("size") if self.rules.schedules == "level" else []
+        if not levels:
+            return step
+        done, of_level, of_run = levels[0].steps_at_level(step)
+        return done * of_run // of_level
+
     def sources_of_blocks(self, before: Anatomy, after: Anatomy) -> list[tuple[int, ...]]:
         """Return for each block of a resized model those blocks of the former one that it was made from.
 
@@ -287,7 +320,7 @@ class Coordinator:
                 and where draws depend on measurements, the expectation is predicted.
         """
         chosen = self.methods if methods is None else in_order(methods)
-        num_steps = int(self.trainer.estimated_stepping_batches)
+        num_steps = self._require_num_steps()
         anatomies = self.anatomies(full)
         stride = max(1, math.ceil(num_steps / most_steps))
         # Draws depend on all earlier steps.
@@ -313,12 +346,12 @@ class Coordinator:
             keep = None
             if layers is not None:
                 runs_all = not may_drop or any(method.needs_all_blocks(step) for method in methods)
-                keep = [1.0] * len(anatomies[level].blocks) if runs_all else blocks_at[level](step)
+                keep = [1.0] * len(anatomies[level].blocks) if runs_all else blocks_at[level](self.schedule_step(step))
                 keep = keep if draw is None else draw(step, keep)
             return StepDecision(
                 level=level,
                 keep=None if keep is None else tuple(keep),
-                kept_tokens=tokens_at[level](step) if tokens_at and may_drop else {},
+                kept_tokens=tokens_at[level](self.schedule_step(step)) if tokens_at and may_drop else {},
                 active=units_at[level](step) if units_at else None,
             )
 

@@ -43,8 +43,8 @@ def _parts(forecast: Forecast) -> Iterator[RenderableType]:
         notes.append("Which blocks run depends on measurements or draws: their FLOPs are an expectation.")
     if any(memory.activations is not None for memory in forecast.memory):
         notes.append(
-            "Memory is that of a process that holds the whole model: weights, gradients, optimizer and activations. "
-            "What is needed for a moment only, and the loss, come on top."
+            "GiB: memory of a process that holds the whole model: weights, gradients, optimizer and activations "
+            "(activ.). What is needed for a moment only, and the loss, come on top."
         )
     if forecast.seconds is None:
         notes.append("Seconds need --calibrate true.")

@@ -192,7 +192,7 @@ class ProgressiveLayerDropping(LayerDropping):
     def probabilities(self, step: int) -> list[float]:
         """Return the keep probability of each block at an optimizer step; pinned ones have 1."""
         assert self.anatomy is not None
-        return self._by_depth(step, self.units, len(self.anatomy.blocks))
+        return self._by_depth(self._coordinator.schedule_step(step), self.units, len(self.anatomy.blocks))
 
     def plan_blocks(self, anatomy: Anatomy, num_tokens: int) -> Callable[[int], Sequence[float]]:
         """Return what says the same for a model of any size.
@@ -220,7 +220,7 @@ class ProgressiveLayerDropping(LayerDropping):
 
     def metrics(self) -> dict[str, float]:
         """Return theta."""
-        return {"layer_dropping/theta": self.theta_at(self._step or 0)}
+        return {"layer_dropping/theta": self.theta_at(self._coordinator.schedule_step(self._step or 0))}
 
     def _rules(self) -> dict[str, Any]:
         own = ("theta", "gamma", "gamma_factor", "convention", "direction", "release")

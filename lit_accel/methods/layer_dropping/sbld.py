@@ -183,7 +183,7 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
         """Return the keep probability of each block at an optimizer step."""
         assert self.anatomy is not None
         assert self._blocks is not None
-        kept = self._kept_share(step)
+        kept = self._kept_share(self._coordinator.schedule_step(step))
         if kept == 1 or self.sensitivities is None or (self.estimator in ESTIMATES and self._is_due(step)):
             return [1.0] * len(self.anatomy.blocks)
         # Solved anew only where the budget has moved visibly; planned FLOPs are those of the solution.
@@ -212,7 +212,8 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
     def _is_due(self, step: int) -> bool:
         assert self.num_steps is not None
         assert self._next is not None
-        if not self.units:
+        if not self.units or step >= self._coordinator.dense_steps[1]:
+            # Nothing is dropped any more that a measurement could be for.
             return False
         is_released = self._release > 0 and step >= self.num_steps - self._release
         return bool(self._collected) or (step >= self._next and not is_released)
@@ -380,7 +381,10 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
         # log_dir is a collective: every rank asks for it.
         folder = self.folder or trainer.log_dir or trainer.default_root_dir
         if trainer.is_global_zero and self.history.measured_at and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.history.draw(Path(folder) / FILE_NAME, self.units, trainer.global_step)
+            assert self._full is not None
+            # Of the full model, also where a run is stopped while it is small.
+            units = droppable_blocks(self._full, self.pinned, type(self).__name__)
+            self.history.draw(Path(folder) / FILE_NAME, units, trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the model as it was."""

@@ -66,8 +66,11 @@ class PlannedUnits(Method):
     def begins_phase(self, step: int) -> bool:
         """Whether other numbers of units are on from the forward passes of this optimizer step on."""
         assert self.targets is not None
-        # They change between the backward pass and the optimizer's step.
-        return step > 1 and self.targets.counts(step - 1) != self.targets.counts(step - 2)
+        counts, by_gradient = self.targets.counts, self.targets.chooses_by_gradient
+        # Chosen by gradient, they change only between the backward pass and the optimizer's step.
+        return (step > 0 and counts(step) != counts(step - 1) and not by_gradient(step)) or (
+            step > 1 and counts(step - 1) != counts(step - 2) and by_gradient(step - 1)
+        )
 
     def plan_units(self, anatomy: Anatomy) -> Callable[[int], Active | None]:
         """Return what says, for an optimizer step, which units take part in it.

@@ -60,11 +60,12 @@ def project_optimizer_state(
         values = {name: entry[key] for name, entry in state.items() if entry.get(key) is not None}
         if key in _KEPT:
             for name, entry in projected.items():
-                # Merged blocks are in one optimizer, and have stepped alike.
-                source = level_map.sources(name, operator)[0]
-                if source in values:
-                    entry[key] = values[source].clone()
+                # A block that layer dropping left out has stepped less often than those that it is merged with.
+                steps = [values[source] for source in level_map.sources(name, operator) if source in values]
+                if steps:
+                    entry[key] = max(steps, key=float).clone()
             continue
+        values = _completed(values, level_map, operator)
         if key in _FIRST:
             mapped = level_map.apply(values, operator)
             if policy == "second_moment":
@@ -80,6 +81,18 @@ def project_optimizer_state(
         for name, tensor in mapped.items():
             projected.setdefault(name, {})[key] = tensor
     return projected
+
+
+def _completed(values: dict[str, Tensor], level_map: LevelMap, operator: Operator) -> dict[str, Tensor]:
+    """Add zeros where a block has no moments beside others that it is merged with: it has had no gradient so far."""
+    completed = dict(values)
+    target = level_map.small if operator in ("coalesce", "decoalesce_t") else level_map.large
+    for name in target.parameters:
+        sources = level_map.sources(name, operator)
+        present = [source for source in sources if source in values]
+        if present:
+            completed |= {source: torch.zeros_like(values[present[0]]) for source in sources if source not in values}
+    return completed
 
 
 @torch.no_grad()

@@ -82,6 +82,13 @@ class PlannedLevels(Method):
         levels = [self.start_level, *(phase.level for phase in self.schedule)]
         return tuple(phase.start for before, phase in zip(levels, self.schedule, strict=False) if phase.level != before)
 
+    def steps_at_level(self, step: int) -> tuple[int, int, int]:
+        """Return how many steps the present level has had before an optimizer step, has in all, and the run has."""
+        level = self.level_at(step)
+        phases = [phase for phase in self.schedule if phase.level == level]
+        done = sum(min(max(step - phase.start, 0), phase.end - phase.start) for phase in phases)
+        return done, sum(phase.end - phase.start for phase in phases), self.schedule[-1].end
+
     def level_of(self, size: Size) -> int:
         """Return the level at which the model has a size; 0 where that is not known yet."""
         return next((number for number, step in enumerate(self.maps, 1) if step.small.size == size), 0)

@@ -300,7 +300,7 @@ class RandomLTD(PlannedTokens):
         if self._position is not None and was_active:
             # Replaced after this batch has begun.
             self._dropper.set(*self._position)
-            self._dropper.is_active = self._coordinator.may_drop(self._position[0])
+            self._dropper.is_active = self._coordinator.may_drop(self._step)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the model as it was; Lightning does not call ``teardown`` then."""
@@ -324,7 +324,8 @@ class RandomLTD(PlannedTokens):
             return
         self._follower.refresh()
         # The batch and not the step: micro-batches of one step are different sequences.
-        self._position = (trainer.global_step, (trainer.current_epoch, batch_idx, data_rank(trainer)))
+        keys = (trainer.current_epoch, batch_idx, data_rank(trainer))
+        self._position = (self._coordinator.schedule_step(self._step), keys)
         self._dropper.set(*self._position)
         self._dropper.is_active = self._coordinator.may_drop(self._step)
         self._books.begin_batch()
@@ -374,9 +375,11 @@ class RandomLTD(PlannedTokens):
     def _warn_if_nothing_was_dropped(self) -> None:
         assert self._dropper is not None
         assert self.schedule is not None
-        if self._has_warned or self._books.was_partial or self.schedule.is_over(self._step):
+        assert self._position is not None
+        step = self._position[0]
+        if self._has_warned or self._books.was_partial or self.schedule.is_over(step):
             return
-        num_kept = max(self.schedule.kept_tokens(self._step, self._books.longest), self._num_prefix)
+        num_kept = max(self.schedule.kept_tokens(step, self._books.longest), self._num_prefix)
         has_windows = any(block.windows is not None for block in self._dropper.routing.blocks)
         is_due = num_kept < self._books.longest and not has_windows
         if is_due or not self._was_called:

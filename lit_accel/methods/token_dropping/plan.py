@@ -67,6 +67,7 @@ class TokenPlan:
         num_tokens: Tokens of a sequence.
         num_prefix: The first tokens, which are always kept.
         may_drop: Whether tokens may be dropped in an optimizer step. Default: in each.
+        clock: Where the schedule is in an optimizer step. Default: at that step.
     """
 
     anatomy: Anatomy
@@ -76,6 +77,7 @@ class TokenPlan:
     num_tokens: int
     num_prefix: int = 0
     may_drop: Callable[[int], bool] | None = None
+    clock: Callable[[int], int] | None = None
 
     def saved_flops(self, num_sequences: int = 1, activation_checkpointing: bool = False) -> float:
         """Return which share of the FLOPs of a dense run is saved, heads and embeddings included.
@@ -131,7 +133,9 @@ class TokenPlan:
         key = self._key(step)
         if key not in self._made:
             self._made[key] = (
-                kept_by_block(self.anatomy, self.blocks, self.schedule, step, self.num_tokens, self.num_prefix)
+                kept_by_block(
+                    self.anatomy, self.blocks, self.schedule, self._now(step), self.num_tokens, self.num_prefix
+                )
                 if key
                 else {}
             )
@@ -144,11 +148,14 @@ class TokenPlan:
         """
         if self.may_drop is not None and not self.may_drop(step):
             return ()
-        schedule = self.schedule
+        schedule, now = self.schedule, self._now(step)
         return tuple(
-            schedule.kept_tokens(step, num) if tile is None else schedule.kept_windows(step, num // tile)
+            schedule.kept_tokens(now, num) if tile is None else schedule.kept_windows(now, num // tile)
             for num, tile in self._extents
         )
+
+    def _now(self, step: int) -> int:
+        return step if self.clock is None else self.clock(step)
 
     @cached_property
     def _made(self) -> dict[tuple[int, ...], dict[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import lightning.pytorch as L
@@ -55,7 +56,8 @@ class PlannedTokens(Method):
     def spans(self) -> Sequence[Span]:
         """Return the steps in which tokens may be dropped."""
         assert self.schedule is not None
-        return [(0, self.schedule.growth_steps)]
+        runs_by_level = self._coordinator.rules.schedules == "level"
+        return [(0, sys.maxsize if runs_by_level else self.schedule.growth_steps)]
 
     def plan_tokens(self, anatomy: Anatomy, num_tokens: int) -> Callable[[int], Mapping[int, int]]:
         """Return what says, for an optimizer step, how many tokens a block runs on that does not run on all of them.
@@ -84,6 +86,14 @@ class PlannedTokens(Method):
         # Of the full model, also where a run goes on from a small phase.
         anatomy = anatomy_of(find_transformer(pl_module)[1]).at(full_size(pl_module))
         blocks = dropping_blocks(anatomy, self.pinned, self.scope)
+        coordinator = self._coordinator
         return TokenPlan(
-            anatomy, blocks, self.schedule, self.num_steps, num_tokens, self._num_prefix, self._coordinator.may_drop
+            anatomy,
+            blocks,
+            self.schedule,
+            self.num_steps,
+            num_tokens,
+            self._num_prefix,
+            may_drop=coordinator.may_drop,
+            clock=coordinator.schedule_step,
         )
