@@ -22,6 +22,7 @@ METHODS: tuple[type[Method], ...] = (
 FACTS = {
     "changes_size": "changes the size",
     "leaves_parameters_unused": "leaves parameters unused",
+    "needs_whole_parameters": "needs whole parameters",
     "chooses_by_gradient": "needs all blocks in some steps",
     "measures_blocks": "depends on measurements",
 }

@@ -16,6 +16,7 @@ from lit_accel.anatomy import Anatomy, anatomy_of, find_transformer, uses_activa
 from lit_accel.compute.plan import RunPlan, StepDecision, Workload, plan_run
 from lit_accel.methods.compatibility import check_clashes, check_pairs, in_order, warn_about
 from lit_accel.methods.method import Method
+from lit_accel.methods.strategy_checks import check_strategy
 from lit_accel.resizing import full_size
 from lit_accel.schedules import num_steps_of
 
@@ -83,15 +84,17 @@ class Coordinator:
     # Before training
 
     def check(self) -> None:
-        """Check that the methods go together, and have them act in their order.
+        """Check that the methods go together and with the strategy, and have them act in their order.
 
         Raises:
-            MisconfigurationException: If two do not.
+            MisconfigurationException: If one does not.
         """
         self.begin()
         trainer = self.trainer
         callbacks: list[L.Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
         warnings = check_pairs([callback for callback in callbacks if isinstance(callback, Method)])
+        for method in self.methods:
+            check_strategy(trainer, method)
         if warnings != self._warned:
             warn_about(warnings)
             self._warned = warnings

@@ -31,6 +31,8 @@ class Method(L.Callback):
     """Whether it replaces the model by one of another size."""
     leaves_parameters_unused: ClassVar[bool] = False
     """Whether some parameters get no gradient in some steps."""
+    needs_whole_parameters: ClassVar[bool] = False
+    """Whether each process must hold parameters as they are, and not in pieces."""
     chooses_by_gradient: ClassVar[bool] = False
     """Whether it needs the gradients of all blocks in some steps."""
     measures_blocks: ClassVar[bool] = False

@@ -8,49 +8,11 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lit_accel.anatomy import Anatomy, is_compiled
-
-
-def check_unused_parameters(trainer: L.Trainer, method: str) -> None:
-    """Check that the strategy can live with parameters that take no part in some steps.
-
-    Args:
-        trainer: The Trainer.
-        method: What leaves them unused, for messages.
-
-    Raises:
-        MisconfigurationException: If it cannot.
-    """
-    strategy = trainer.strategy
-    # Before DDP, of which Lightning's DeepSpeedStrategy is a subclass.
-    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
-        raise MisconfigurationException(
-            f"{method} leaves parameters without a gradient. {type(strategy).__name__} keeps them in flat buffers, "
-            "where a missing gradient counts as zero, or waits for a block that is never called. For sharded training "
-            'use Lightning\'s ModelParallelStrategy or Trainer(strategy="resizable_model_parallel"), which are FSDP2.'
-        )
-    if isinstance(strategy, DDPStrategy):
-        options = strategy._ddp_kwargs
-        if options.get("static_graph"):
-            raise MisconfigurationException(
-                f"{method} changes from step to step which parameters are used, and static_graph=True promises that "
-                "this never happens. Leave static_graph out and set find_unused_parameters=True."
-            )
-        if not options.get("find_unused_parameters"):
-            how = (
-                'Trainer(strategy="ddp_find_unused_parameters_true")'
-                if type(strategy) is DDPStrategy
-                else f"Trainer(strategy={type(strategy).__name__}(find_unused_parameters=True))"
-            )
-            raise MisconfigurationException(
-                f"{method} leaves parameters without a gradient, and DDP would then leave the gradients of others "
-                f"unsynchronised without saying so. Use {how}."
-            )
 
 
 def require_equal_on_ranks(trainer: L.Trainer, digest: int, what: str) -> None:

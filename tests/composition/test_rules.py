@@ -262,15 +262,19 @@ def test_what_is_planned_is_charged_whatever_is_set(tmp_path, data):
     small = draw(st.integers(1, 3))
     if draw(st.booleans()):
         first = draw(st.integers(1, 3))
-        # With moments that are carried over see test_changes_of_size.py.
         phases = [Phase(0, first), Phase(1, small), Phase(0)]
-        methods.append(METHODS[MULTI_LEVEL](phases=phases, optimizer_state="reset"))
+        carried = draw(st.sampled_from(["reset", "project", "second_moment"]))
+        methods.append(METHODS[MULTI_LEVEL](phases=phases, optimizer_state=carried))
     if draw(st.booleans()):
         start = draw(st.integers(7, 8))
         stages = [(0, 0.0), (start, draw(st.sampled_from([0.25, 0.5]))), (num_steps - 1, 0.0)]
         methods.append(METHODS[MST](stages=stages, update_every=1, distribution="uniform"))
     methods = draw(st.permutations(methods))
-    rules = Any(drop_levels=draw(st.sampled_from([None, [0]])), dense_tail=draw(st.integers(0, 1)))
+    rules = Any(
+        drop_levels=draw(st.sampled_from([None, [0]])),
+        dense_tail=draw(st.integers(0, 1)),
+        schedules=draw(st.sampled_from(["run", "level"])),
+    )
     made = run(tmp_path, [*methods, rules], strategy="resizable", max_steps=num_steps)
     full = anatomy_of(made.module.net)
     plan = coordinator_of(made.module.kept_trainer).plan(full, workload_for(made.module))

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_accel.methods.requirements import check_unused_parameters
+from lit_accel.methods.strategy_checks import check_unused_parameters
 from lit_accel.strategies import ResizableModelParallelStrategy
 from tests.distributed import dropping
 from tests.distributed.launch import launch

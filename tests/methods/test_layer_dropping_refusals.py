@@ -19,7 +19,7 @@ from lit_accel import (
     SensitivityLayerDropping,
 )
 from lit_accel.anatomy import AnatomyError, compile_blocks
-from lit_accel.methods.requirements import check_unused_parameters
+from lit_accel.methods.strategy_checks import check_unused_parameters
 from tests.training import TinyModule, Tokens, loader, make_trainer
 
 BOTH = pytest.mark.parametrize("make", [ProgressiveLayerDropping, SensitivityLayerDropping], ids=["pld", "sbld"])

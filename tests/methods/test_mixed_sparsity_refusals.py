@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lit_accel import Level, MixedSparsityTraining, MultiLevelTraining, Phase
 from lit_accel.compute.active import active_of
-from lit_accel.methods.mixed_sparsity.refusals import check_trainer
+from lit_accel.methods.strategy_checks import check_strategy
 from lit_accel.strategies import ResizableModelParallelStrategy
 from tests.models import make_model
 from tests.training import TinyModule, Tokens, loader, make_trainer
@@ -321,7 +321,9 @@ def test_two_of_them(tmp_path, order):
         """Of another class: two of one are refused by Lightning itself."""
 
     callbacks = [mst(), Mine(stages=STAGES, quantum=4)][::order]
-    refuse(tmp_path, callbacks, [r"(Mine|MixedSparsityTraining) and (Mine|MixedSparsityTraining) would both switch units"])
+    refuse(
+        tmp_path, callbacks, [r"(Mine|MixedSparsityTraining) and (Mine|MixedSparsityTraining) would both switch units"]
+    )
 
 
 class Thawing(BaseFinetuning):
@@ -365,7 +367,7 @@ def test_strategies_that_keep_parameters_in_a_form_of_their_own(strategy, instea
     messages = [strategy.__name__, "keeps parameters in pieces", rf'Use Trainer\(strategy="{instead}"\)']
     for message in messages:
         with pytest.raises(MisconfigurationException, match=message):
-            check_trainer(trainer, TinyModule(), mst())
+            check_strategy(trainer, mst())
 
 
 def setup_with(folder, callback, module, strategy="auto", **options):

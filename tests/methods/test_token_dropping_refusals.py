@@ -274,7 +274,11 @@ def test_two_of_them(tmp_path):
     class Mine(RandomLTD):
         """Of another class: two of one are refused by Lightning itself."""
 
-    refuse(tmp_path, [RandomLTD(**LTD), Mine(**LTD)], ["RandomLTD and Mine would both drop tokens of one model. Use one of them"])
+    refuse(
+        tmp_path,
+        [RandomLTD(**LTD), Mine(**LTD)],
+        ["RandomLTD and Mine would both drop tokens of one model. Use one of them"],
+    )
 
 
 @pytest.mark.parametrize("which", ["head and trunk", "trunk"])

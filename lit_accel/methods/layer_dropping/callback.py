@@ -30,7 +30,6 @@ from lit_accel.methods.method import Method
 from lit_accel.methods.requirements import (
     check_compilation,
     check_levels,
-    check_unused_parameters,
     require_equal_on_ranks,
     require_training_mode,
 )
@@ -189,7 +188,6 @@ class LayerDropping(Method, ABC):
             self._scale = resolve_scale(anatomy, self.scale, name)
             check_compilation(pl_module, transformer, anatomy, name)
             check_sublayers(transformer, anatomy, self._scale, name)
-            check_unused_parameters(trainer, name)
             check_levels(trainer, full, self.check_level, self._coordinator.drops_at)
         self.num_steps = None
         # A module that makes its data in its own setup has none yet.

@@ -24,6 +24,7 @@ class PlannedUnits(Method):
 
     title = MST
     decides = "units"
+    needs_whole_parameters = True
     chooses_by_gradient = True
 
     stages: list[tuple[int | float, float]]

@@ -7,13 +7,6 @@ from collections.abc import Mapping
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    ParallelStrategy,
-    SingleDeviceStrategy,
-    SingleDeviceXLAStrategy,
-)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -124,7 +117,7 @@ def check_pattern(anatomy: Anatomy) -> None:
 
 
 def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, callback: L.Callback) -> None:
-    """Check strategy, callbacks and kind of optimization.
+    """Check callbacks and kind of optimization.
 
     Args:
         trainer: The Trainer.
@@ -134,16 +127,7 @@ def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, callback: L.
     Raises:
         MisconfigurationException: If one of them cannot live with parameters whose shape changes.
     """
-    name, strategy = type(callback).__name__, trainer.strategy
-    is_plain = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not isinstance(
-        strategy, (DeepSpeedStrategy, SingleDeviceXLAStrategy)
-    )
-    if not is_plain:
-        instead = "ddp" if isinstance(strategy, ParallelStrategy) else "auto"
-        raise MisconfigurationException(
-            f"{name} takes units out of whole parameters, and {type(strategy).__name__} keeps parameters in pieces or "
-            f'in a form of its own. Use Trainer(strategy="{instead}").'
-        )
+    name = type(callback).__name__
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
             f"{name} changes the topology between the backward pass and the optimizer step; with manual optimization "

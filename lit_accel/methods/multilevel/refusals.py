@@ -10,15 +10,6 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceXLAStrategy,
-    Strategy,
-    XLAStrategy,
-)
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -27,15 +18,8 @@ from lit_accel.anatomy import Anatomy, loses_compilation, rehearse_build, requir
 from lit_accel.methods.multilevel.maps import LevelMap
 from lit_accel.methods.multilevel.moments import SUPPORTED_OPTIMIZERS, OptimizerStatePolicy
 from lit_accel.methods.multilevel.phases import LearningRatePolicy
-from lit_accel.resizing import ResizableStrategy, require_all_optimized
+from lit_accel.resizing import require_all_optimized
 
-# What to use instead of Lightning's own; the first that fits, for some are subclasses of others.
-_RESIZABLE: dict[type, str] = {
-    FSDPStrategy: "resizable_model_parallel",
-    DeepSpeedStrategy: "resizable_model_parallel",
-    ModelParallelStrategy: "resizable_model_parallel",
-    DDPStrategy: "resizable_ddp",
-}
 # Each keeps parameters, or copies of them, that a resize leaves behind.
 _INCOMPATIBLE: dict[type, str] = {
     WeightAveraging: "averages weights of one size",
@@ -97,7 +81,7 @@ def _narrowed_widths(maps: list[LevelMap]) -> set[int]:
 
 
 def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, *, changes_lr: bool) -> None:
-    """Check strategy, callbacks and kind of optimization.
+    """Check callbacks and kind of optimization.
 
     Args:
         trainer: The Trainer.
@@ -112,7 +96,6 @@ def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, *, changes_l
             "A learning rate that depends on the phase needs automatic optimization: in manual optimization nobody "
             'but the module knows when its schedulers step. Use learning_rate="continue" with lr_scale 1.'
         )
-    _check_strategy(trainer.strategy)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, reason in _INCOMPATIBLE.items():
             if isinstance(callback, kind):
@@ -173,21 +156,6 @@ def check_end(trainer: L.Trainer, last_level: int) -> None:
             'at level 0, or use start_method="popen".'
         )
     rank_zero_warn(f"The last phase is at level {last_level}: the run will end with a smaller model than it began.")
-
-
-def _check_strategy(strategy: Strategy) -> None:
-    if isinstance(strategy, ResizableStrategy):
-        return
-    if isinstance(strategy, (XLAStrategy, SingleDeviceXLAStrategy)):
-        instead = "There is no strategy for TPUs that can."
-    else:
-        name = next((name for kind, name in _RESIZABLE.items() if isinstance(strategy, kind)), "resizable")
-        instead = f'Use Trainer(strategy="{name}") instead, after `import lit_accel`.'
-    raise MisconfigurationException(
-        f"MultiLevelTraining changes the model's size in mid-training, which {type(strategy).__name__} cannot. "
-        f'{instead} There is "resizable" for one device, "resizable_ddp" for several, and "resizable_model_parallel" '
-        "for several that share one copy of the weights (FSDP2)."
-    )
 
 
 def check_optimizers(
