@@ -11,10 +11,13 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Imported for what it registers: the strategies that YAML knows by name.
 import lit_accel.strategies  # noqa: F401
+from lit_accel.anatomy import AnatomyError
 from lit_accel.compute import ComputeLedger
+from lit_accel.planning import PlanError
 
 if TYPE_CHECKING:
     from lit_accel.planning import Forecast
@@ -187,4 +190,12 @@ def main(args: ArgsType = None) -> None:
         from lit_accel.report import command
 
         sys.exit(command(given[1:]))
-    LitAccelCLI(args)
+    if args is not None:
+        LitAccelCLI(args)
+        return
+    # As `python -m` does: modules of one's own lie in the folder that one is in.
+    sys.path.insert(0, "")
+    try:
+        LitAccelCLI()
+    except (MisconfigurationException, AnatomyError, PlanError) as error:
+        sys.exit(f"lit-accel: {error}")

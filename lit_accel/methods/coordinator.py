@@ -146,7 +146,7 @@ class Coordinator:
         full = anatomy_of(find_transformer(module)[1]).at(full_size(module))
         share = self.plan(full, workload, most_steps=_FEW_STEPS, draws=False).share
         names = ", ".join(type(method).__name__ for method in methods)
-        rank_zero_info(f"{names} together will cost {share:.1%} of the FLOPs of a dense run.")
+        rank_zero_info(f"{names} together will cost about {share:.0%} of the FLOPs of a dense run.")
         least = self.rules.least_cost
         if share < least:
             raise MisconfigurationException(

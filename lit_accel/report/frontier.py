@@ -137,10 +137,11 @@ def _check(cells: Sequence[Cell], means: np.ndarray, residuals: np.ndarray, cost
         _STANDARD_ERRORS * (scatter(cells) or 0.0) / np.sqrt([len(cell.losses) for cell in cells]),
         _SHARE_OF_RANGE * np.ptp(means[:, 1]),
     )
+    against = "more than seeds explain" if scatter(cells) else "and there are no seeds to compare with"
     warnings = [
         f"The curve in {_NOUNS[cost]} misses the dense runs of {amount(float(np.exp(mean[0])), cost)} by "
-        f"{residual:+.4f}, more than seeds explain: savings near there are not to be trusted. Was the learning rate "
-        "tuned at each budget?"
+        f"{residual:+.4f}, {against}: "
+        "savings near there are not to be trusted. Was the learning rate tuned at each budget?"
         for mean, residual in zip(
             means[np.abs(residuals) > allowed], residuals[np.abs(residuals) > allowed], strict=True
         )

@@ -134,6 +134,10 @@ def find_runs(paths: Sequence[str | Path], metric: str) -> tuple[list[Run], list
             raise ReportError(f"{file} cannot be read as a compute ledger: {error}") from error
         known |= set(ledger.metrics)
         run = Run(labels[key], file.parent, metric, ledger)
+        if (longer := _continued_by(run, runs)) is not None:
+            left_out.append(f"{run.folder} was left out: {longer.folder} goes on from it, or the other way round.")
+            runs[runs.index(longer)] = max(run, longer, key=lambda one: int(one.ledger.step[-1]))
+            continue
         if reason := _why_useless(run):
             left_out.append(f"{file.parent} was left out: {reason}")
         else:
@@ -159,6 +163,16 @@ def default_label(file: Path) -> str:
         return _SEED_MARKER.sub("", file.stem)
     names = [name for name in file.resolve().parent.parts[1:] if not _MEANINGLESS.fullmatch(name)]
     return _SEED_MARKER.sub("", names[-1]) if names else "run"
+
+
+def _continued_by(run: Run, others: Sequence[Run]) -> Run | None:
+    """Return another ledger of the same run: a resumed run takes over the rows of the one that it goes on from."""
+
+    def start(one: Run) -> tuple[float, float] | None:
+        # Seconds are those of a clock, to the microsecond: no other run has the same.
+        return (one.ledger.step[0], one.ledger.seconds[0]) if len(one.ledger.step) else None
+
+    return next((other for other in others if start(other) == start(run) is not None), None)
 
 
 def _split(given: str | Path) -> tuple[str | None, Path]:

@@ -93,8 +93,9 @@ def formula(frontier: Frontier, metric: str) -> str:
     reference = amount(float(np.exp(curve.log_reference[0])), frontier.cost)
     name = "C" if frontier.cost == "flops" else "T"
     low, high = (amount(float(np.exp(end)), frontier.cost) for end in frontier.log_costs)
+    floor = f"{curve.floor[0]:.4g} + " if curve.floor[0] > 5e-5 else ""
     return (
-        f"{metric} = {curve.floor[0]:.4g} + {curve.excess[0]:.4g} x ({name} / {reference})^-{curve.exponent[0]:.3g}, "
+        f"{metric} = {floor}{curve.excess[0]:.4g} x ({name} / {reference})^-{curve.exponent[0]:.3g}, "
         f"measured from {low} to {high}"
     )
 
@@ -106,10 +107,9 @@ def what_it_rests_on(arms: Sequence[Arm], frontier: Frontier) -> list[str]:
         return [
             "No run was taken as dense: none cost what its full-size model costs. Name the dense arms with --dense."
         ]
-    budgets = ", ".join(
-        f"{amount(float(np.exp(cell.mean[0])), 'flops')} ({len(cell.losses)} run{'s' if len(cell.losses) > 1 else ''})"
-        for cell in frontier.cells
-    )
+    counted = [(amount(float(np.exp(cell.mean[0])), "flops"), len(cell.losses)) for cell in frontier.cells]
+    budgets = ", ".join(f"{flops} ({number} run{'s' if number > 1 else ''})" for flops, number in counted)
+    budgets = budgets or "none was measured at its end"
     num_runs = sum(len(arm.runs) for arm in dense)
     return [
         f"Taken as dense: {', '.join(arm.label for arm in dense)} ({num_runs} run{'s' if num_runs > 1 else ''}). "
@@ -129,7 +129,9 @@ def warnings_about_runs(arms: Sequence[Arm]) -> list[str]:
                 consequence = "It is not part of the frontier." if arm.is_dense else "Its saving is read there."
                 warnings.append(
                     f"{run_name(run)} last measured its loss at step {run.steps} of {run.ledger.step[-1]}, in mid-way. "
-                    f"{consequence} Validate at the end of each run; a loss of NaN counts as not measured."
+                    f"{consequence} Validate at the end of each run, by "
+                    "Trainer(val_check_interval=N, check_val_every_n_epoch=None) with an N that divides max_steps; a "
+                    "loss of NaN counts as not measured."
                 )
     sizes: dict[str, int] = {}
     for run in (run for arm in arms if arm.is_dense for run in arm.runs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from lit_accel.report.noise import Cell
 
 FLOOR, EXCESS, EXPONENT, REFERENCE = 2.5, 1.0, 0.3, 1e15
 SECONDS_PER_FLOP = 1e-12
+_NUMBERS = itertools.count(1)
 
 
 def loss_at(flops):
@@ -20,6 +22,8 @@ def loss_at(flops):
 def write_ledger(folder, flops, loss, *, dense_flops=None, seconds=None, tokens=1_000_000, sizes=(1000,), num_rows=12):
     """A run that ends at a loss; its curve falls steeply at first, and its sizes take equal parts of it."""
     folder.mkdir(parents=True, exist_ok=True)
+    # No two runs take the same time to the microsecond, by which a resumed one is known.
+    own = 1e-6 * next(_NUMBERS)
     seconds = flops * SECONDS_PER_FLOP if seconds is None else seconds
     with (folder / FILE_NAME).open("w", newline="") as file:
         writer = csv.writer(file)
@@ -27,7 +31,7 @@ def write_ledger(folder, flops, loss, *, dense_flops=None, seconds=None, tokens=
         for row in range(1, num_rows + 1):
             share, phase = row / num_rows, (row - 1) * len(sizes) // num_rows
             now = loss + (7 - loss) * (np.exp(-6 * share) - np.exp(-6))
-            costs = (round(flops * share), round((dense_flops or flops) * share), seconds * share)
+            costs = (round(flops * share), round((dense_flops or flops) * share), seconds * share + own)
             writer.writerow([10 * row, phase, sizes[phase], round(tokens * share), *costs, now])
     return folder
 

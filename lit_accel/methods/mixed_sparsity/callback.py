@@ -232,7 +232,7 @@ class MixedSparsityTraining(PlannedUnits):
         check_optimizers(trainer)
         data = getattr(trainer, "datamodule", None)
         num_tokens = self.targets.anatomy.num_tokens or getattr(data, "block_size", None)
-        if num_tokens is None or not self._ever_sparse:
+        if num_tokens is None or not self._ever_sparse or len(coordinator_of(trainer).methods) > 1:
             return
         shares = self.targets.shares(
             num_tokens,

@@ -226,6 +226,9 @@ class RandomLTD(PlannedTokens):
         plan = self._plan_for(pl_module, num_tokens)
         transformer = find_transformer(pl_module)[1]
         check_graphs(transformer, plan)
+        if len(self._coordinator.methods) > 1:
+            # What it saves beside others is not what it would save alone; the coordinator says what all come to.
+            return
         saved = plan.saved_flops(activation_checkpointing=uses_activation_checkpointing(transformer))
         if saved < _LEAST_SAVING:
             rank_zero_warn(
