@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -22,6 +23,7 @@ from lit_accel.planning import PlanError
 if TYPE_CHECKING:
     from lit_accel.planning import Forecast
 
+_SHOWING = (ProgressBar, DeviceStatsMonitor, LearningRateMonitor, ModelSummary)
 _QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -118,9 +120,12 @@ class LitAccelCLI(LightningCLI):
         if self.subcommand == "plan":
             self.save_config_callback = None
             kwargs = {**_QUIET, **kwargs}
+            # They refuse a Trainer without what they show.
+            trainer["callbacks"] = [each for each in trainer["callbacks"] if not isinstance(each, _SHOWING)]
         if self._is_on_meta:
+            is_here = _world_size(trainer) == 1 and trainer.get("accelerator", "auto") in ("auto", "cpu")
             kwargs = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, **kwargs}
-            if _world_size(trainer) != 1:
+            if not is_here and trainer.get("strategy", "auto") != "auto":
                 kwargs["strategy"] = "resizable"
         return super().instantiate_trainer(**kwargs)
 
@@ -155,6 +160,8 @@ class LitAccelCLI(LightningCLI):
             seconds = calibrate(self.trainer, self.model, self.datamodule, forecast.plan)
             forecast = replace(forecast, seconds=seconds)
         self.forecast = forecast
+        if not self.trainer.is_global_zero:
+            return
         Console().print(forecast_tables(forecast))
         if options["picture"] is not None:
             draw_forecast(forecast, options["picture"])

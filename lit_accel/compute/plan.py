@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -118,7 +119,7 @@ class StepCosts:
         self.anatomies, self.workload = anatomies, workload
         # The objects are kept beside their costs, so that no other can get the same identity.
         self._costs: dict[tuple[int, int, int], tuple[Flops, object, object]] = {}
-        self.dense = self.of(StepDecision())
+        self._dense: dict[int, int] = {}
 
     def of(self, decision: StepDecision) -> int:
         """Return the FLOPs of an optimizer step; the expectation, where probabilities are given.
@@ -132,6 +133,19 @@ class StepCosts:
             return num_calls * flops.total
         blocks = sum(cost * keep for cost, keep in zip(flops.blocks, decision.keep, strict=True) if keep)
         return round(num_calls * (flops.outside_blocks + blocks))
+
+    def dense(self, level: int) -> int:
+        """Return the FLOPs of an optimizer step of the full model, on batches that are merged as at a level."""
+        if level not in self._dense:
+            work, merged = self.workload, self._num_merged(level)
+            flops = training_flops(
+                self.anatomies[0],
+                work.num_sequences * merged,
+                work.num_tokens,
+                activation_checkpointing=work.activation_checkpointing,
+            )
+            self._dense[level] = work.num_micro_batches // merged * flops.total
+        return self._dense[level]
 
     def _num_merged(self, level: int) -> int:
         return self.workload.num_merged.get(level, 1)
@@ -167,14 +181,15 @@ def plan_run(
         num_steps: Optimizer steps of the run.
         anatomies: The model at each level, the full one first.
         workload: What a step works on.
-        stride: Evaluate every so manieth step only, each standing for those that follow it.
+        stride: Look at one of so many steps only, at no fixed place among them, and let it stand for all.
     """
     costs = StepCosts(anatomies, workload)
     phases: list[PlannedPhase] = []
     step_flops, decisions = [], []
     for step in range(0, num_steps, stride):
         number = min(stride, num_steps - step)
-        decision = decide(step)
+        # Not always the first of them: what a method does every so many steps would be seen always or never.
+        decision = decide(step + zlib.crc32(str(step).encode()) % number)
         anatomy = anatomies[decision.level]
         size = phase_size(anatomy, decision.active)
         if not phases or phases[-1].size != size:
@@ -187,7 +202,7 @@ def plan_run(
         phase.steps += number
         phase.tokens += number * workload.tokens
         phase.flops += number * cost
-        phase.dense_flops += number * costs.dense
+        phase.dense_flops += number * costs.dense(decision.level)
         step_flops.append(cost)
         decisions.append(decision)
-    return RunPlan(tuple(step_flops), costs.dense, tuple(phases), tuple(decisions), stride)
+    return RunPlan(tuple(step_flops), costs.dense(0), tuple(phases), tuple(decisions), stride)

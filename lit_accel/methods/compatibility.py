@@ -56,7 +56,8 @@ PAIRS: tuple[Pair, ...] = (
         MULTI_LEVEL,
         SBLD,
         "ok",
-        "sensitivities follow the blocks, averaged on the way down and copied on the way up, and are measured anew",
+        "sensitivities follow the blocks, averaged on the way down and copied on the way up, and are measured anew as "
+        "far as max_overhead allows",
     ),
     Pair(
         MULTI_LEVEL,
@@ -87,7 +88,7 @@ PAIRS: tuple[Pair, ...] = (
         MST,
         "warn",
         "what a block is worth changes with the units that are on: it is measured anew at each change of sparsity, "
-        "which costs. All blocks run in the steps in which units are chosen by gradient",
+        "as far as max_overhead allows. All blocks run in the steps in which units are chosen by gradient",
     ),
     Pair(
         RANDOM_LTD,
@@ -107,12 +108,14 @@ class Clash:
     Args:
         first: Title of one method.
         second: Title of the other.
-        why: Returns the reason if it occurs; ``None`` if not, or not known yet.
+        why: Returns the reason if it occurs; ``None`` if not.
+        needs_plan: Whether it depends on what is done in which step, which is known once the length of the run is.
     """
 
     first: str
     second: str
     why: Callable[[Any, Any], str | None]
+    needs_plan: bool = False
 
 
 def _shares_steps(first: Iterable[Span], second: Iterable[Span]) -> Span | None:
@@ -133,7 +136,7 @@ def _drops_input(layers: Any, tokens: Any) -> str | None:
 
 
 def _has_pattern(tokens: Any, units: Any) -> str | None:
-    if units.attention_pattern is None or not (tokens.is_planned and units.is_planned):
+    if units.attention_pattern is None:
         return None
     shared = _shares_steps(tokens.spans(), [units.targets.pattern_steps])
     if shared is None:
@@ -147,8 +150,6 @@ def _has_pattern(tokens: Any, units: Any) -> str | None:
 
 
 def _resizes_sparse(levels: Any, units: Any) -> str | None:
-    if not (levels.is_planned and units.is_planned):
-        return None
     sparsity = units.targets.schedule.sparsity
     for step in levels.resize_steps:
         highest = max(sparsity(step), sparsity(max(step - 1, 0)))
@@ -164,8 +165,8 @@ def _resizes_sparse(levels: Any, units: Any) -> str | None:
 CLASHES: tuple[Clash, ...] = (
     Clash(PLD, RANDOM_LTD, _drops_input),
     Clash(SBLD, RANDOM_LTD, _drops_input),
-    Clash(RANDOM_LTD, MST, _has_pattern),
-    Clash(MULTI_LEVEL, MST, _resizes_sparse),
+    Clash(RANDOM_LTD, MST, _has_pattern, needs_plan=True),
+    Clash(MULTI_LEVEL, MST, _resizes_sparse, needs_plan=True),
 )
 
 
@@ -220,22 +221,23 @@ def check_pairs(methods: Sequence[Method]) -> list[str]:
             raise MisconfigurationException(f"{names[0]} and {names[1]} do not go together: {pair.reason}.")
         if pair.verdict == "warn":
             warnings.append(f"{names[0]} and {names[1]} in one run: {pair.reason}.")
-    check_clashes(methods)
+    check_clashes(methods, are_planned=False)
     return warnings
 
 
-def check_clashes(methods: Sequence[Method]) -> None:
-    """Check that settings of methods go together, as far as the length of the run is known.
+def check_clashes(methods: Sequence[Method], *, are_planned: bool = True) -> None:
+    """Check that settings of methods go together.
 
     Args:
         methods: Those of a run; neutral ones count as absent.
+        are_planned: Whether the length of the run is known; if not, only what does not depend on it is checked.
 
     Raises:
         MisconfigurationException: If two do not, with the reason.
     """
     by_title = {method.title: method for method in methods if not method.is_neutral}
     for clash in CLASHES:
-        if clash.first in by_title and clash.second in by_title:
+        if clash.first in by_title and clash.second in by_title and (are_planned or not clash.needs_plan):
             first, second = by_title[clash.first], by_title[clash.second]
             reason = clash.why(first, second)
             if reason is not None:

@@ -12,6 +12,8 @@ from lit_accel.methods.coordinator import Rules, coordinator_of
 from lit_accel.methods.requirements import check_rules
 from lit_accel.schedules import num_steps_of
 
+_STATE_VERSION = 1
+
 
 class Composition(L.Callback):
     """Says what must hold where several methods act in one run. Without it they act as each of them is set.
@@ -57,6 +59,8 @@ class Composition(L.Callback):
         ):
             raise ValueError(f"drop_levels is {drop_levels}; levels are integers, 0 for the full model.")
         levels = None if drop_levels is None else tuple(drop_levels)
+        if drop_levels is not None and not drop_levels:
+            raise ValueError("drop_levels is empty: nothing would ever be dropped. Leave the methods out instead.")
         if schedules not in ("run", "level"):
             raise ValueError(f"schedules is {schedules!r}; allowed are 'run' and 'level'.")
         self.rules = Rules(dense_warmup, dense_tail, levels, schedules, least_cost)
@@ -73,20 +77,7 @@ class Composition(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what does not fit the run."""
-        coordinator = coordinator_of(trainer)
-        start, end = coordinator.dense_steps
-        if start >= end and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                f"dense_warmup ends at step {start}, where dense_tail has begun (at {end:.0f}): nothing would be left "
-                "out. Shorten them."
-            )
-        num_levels = coordinator.num_levels
-        if wrong := [level for level in self.rules.drop_levels or () if level >= num_levels]:
-            raise MisconfigurationException(
-                f"drop_levels names level {wrong[0]}, and the levels of this run are 0"
-                f"{f' to {num_levels - 1}' if num_levels > 1 else ', the full model, alone'}."
-            )
-        coordinator.check_run(pl_module)
+        coordinator_of(trainer).check_run(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn if rules have changed since the checkpoint was written, and compare them across ranks."""
@@ -95,10 +86,19 @@ class Composition(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rules."""
-        return {"version": 1, "rules": self._rules()}
+        return {"version": _STATE_VERSION, "rules": self._rules()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the rules for comparison."""
+        """Take up the rules for comparison.
+
+        Raises:
+            MisconfigurationException: If a newer version wrote the checkpoint.
+        """
+        if state_dict["version"] > _STATE_VERSION:
+            raise MisconfigurationException(
+                f"The checkpoint's composition has format {state_dict['version']}; this version of lit-accel reads up "
+                f"to {_STATE_VERSION}. Update lit-accel."
+            )
         self._loaded_rules = dict(state_dict["rules"])
 
     def _rules(self) -> dict[str, Any]:

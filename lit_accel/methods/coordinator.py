@@ -91,6 +91,9 @@ class Coordinator:
         """
         self.begin()
         trainer = self.trainer
+        for method in self._deciding("size"):
+            # Before others look at the levels, in whatever order they are set up.
+            method.take_sizes(trainer, trainer.lightning_module)
         callbacks: list[L.Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
         warnings = check_pairs([callback for callback in callbacks if isinstance(callback, Method)])
         for method in self.methods:
@@ -119,6 +122,7 @@ class Coordinator:
             return
         self._is_checked = True
         check_clashes(methods)
+        self._check_rules()
         is_rehearsal = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         if not is_rehearsal:
             self._check_dense_steps(methods)
@@ -163,8 +167,25 @@ class Coordinator:
             num_sequences: Sequences of a call of the transformer.
             num_tokens: Tokens of each.
         """
-        if not self._is_cost_checked:
-            self.check_cost(module, Workload(num_sequences, num_tokens))
+        if self._is_cost_checked or len(self.methods) < 2:
+            return
+        if self.trainer.world_size > 1:
+            # Sequences of other ranks may be longer, and all are to come to the same decision.
+            num_sequences, num_tokens = self.trainer.strategy.broadcast((num_sequences, num_tokens))
+        self.check_cost(module, Workload(num_sequences, num_tokens))
+
+    def _check_rules(self) -> None:
+        start, end = self.dense_steps
+        if start >= end and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                f"dense_warmup ends at step {start}, where dense_tail has begun (at {end:.0f}): nothing would be left "
+                "out. Shorten them."
+            )
+        if wrong := [level for level in self.rules.drop_levels or () if level >= self.num_levels]:
+            raise MisconfigurationException(
+                f"drop_levels names level {wrong[0]}, and the levels of this run are 0"
+                f"{f' to {self.num_levels - 1}' if self.num_levels > 1 else ', the full model, alone'}."
+            )
 
     def _check_dense_steps(self, methods: Sequence[Method]) -> None:
         """Refuse what cannot simply be left undone for some steps: sizes and units have schedules of their own."""
@@ -383,8 +404,9 @@ def workload_of(trainer: L.Trainer, module: L.LightningModule, methods: Sequence
     if num_tokens is None:
         return None
     levels = [level.merge_batches for method in methods for level in getattr(method, "levels", ())]
+    batch_size = getattr(data, "batch_size", None)
     return Workload(
-        num_sequences=getattr(data, "batch_size", 1),
+        num_sequences=batch_size if isinstance(batch_size, int) and batch_size > 0 else 1,
         num_tokens=num_tokens,
         num_micro_batches=trainer.accumulate_grad_batches * trainer.world_size,
         num_merged=dict(enumerate(levels, 1)),

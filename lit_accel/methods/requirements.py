@@ -84,10 +84,11 @@ def check_levels(
         MisconfigurationException: If it does not, with the level.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not getattr(callback, "changes_size", False):
+        if not getattr(callback, "changes_size", False) or callback.is_neutral:
             continue
+        visited = {phase.level for phase in callback.phases}
         for number, level_map in enumerate(callback.plan_levels(anatomy), 1):
-            if not is_meant(number):
+            if number not in visited or not is_meant(number):
                 continue
             try:
                 check(level_map.small)

@@ -50,7 +50,7 @@ def calibrate(
             "A calibration jumps to places of the run, and with manual optimization only the module knows where it is. "
             "Leave calibrate out."
         )
-    kept = [c for c in trainer.callbacks if isinstance(c, Method | Composition)]  # type: ignore[attr-defined]
+    kept = _ours(trainer)
     # Who measures the model needs some more steps until it is done.
     num_untimed = 1 + max((getattr(method, "num_batches", 0) for method in kept), default=0)
     jumps = _Jumps(plan, _places(plan, num_untimed + NUM_TIMED), num_untimed)
@@ -78,6 +78,10 @@ def _mean_cost(plan: RunPlan, start: int, end: int) -> float:
     return statistics.fmean(plan.step_flops[step // plan.stride] for step in range(start, end))
 
 
+def _ours(trainer: L.Trainer) -> list[L.Callback]:
+    return [c for c in trainer.callbacks if isinstance(c, Method | Composition)]  # type: ignore[attr-defined]
+
+
 class _Jumps(L.Callback):
     """Has a Trainer train at some places of its run, and times it.
 
@@ -89,9 +93,13 @@ class _Jumps(L.Callback):
 
     def __init__(self, plan: RunPlan, places: Sequence[int], num_untimed: int) -> None:
         self._plan, self._places, self._num_untimed = plan, list(places), num_untimed
-        self._step, self._mark = 0, 0.0
+        self._step, self._end, self._mark = 0, 0, 0.0
         self.timed: list[tuple[int, list[float]]] = []
         """The first step of each place, and the seconds of each step there."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Those that the module has brought along by now.
+        trainer.callbacks = [*_ours(trainer), self]  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._jump(trainer)
@@ -106,8 +114,7 @@ class _Jumps(L.Callback):
         seconds = self.timed[-1][1]
         seconds.append(now - self._mark)
         self._mark, self._step = now, trainer.global_step
-        is_last_step = trainer.global_step >= self._plan.num_steps
-        if len(seconds) < self._num_untimed + NUM_TIMED and not is_last_step:
+        if len(seconds) < self._num_untimed + NUM_TIMED and trainer.global_step < self._end:
             return
         # Places may lie within what was trained from the place before.
         self._places = [place for place in self._places if place >= trainer.global_step]
@@ -115,12 +122,19 @@ class _Jumps(L.Callback):
             self._jump(trainer)
         else:
             trainer.should_stop = True
+            for callback in _ours(trainer):
+                # These few steps are no run to draw a picture of.
+                history = getattr(callback, "history", None)
+                if history is not None:
+                    history.measured_at.clear()
 
     def _jump(self, trainer: L.Trainer) -> None:
         self._step = self._places.pop(0)
         progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
         progress.ready = progress.completed = self._step
         self.timed.append((self._step, []))
+        ends = (phase.start + phase.steps for phase in self._plan.phases)
+        self._end = next((end for end in ends if end > self._step), self._plan.num_steps)
         self._mark = time.perf_counter()
 
 

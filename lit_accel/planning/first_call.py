@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -42,8 +45,19 @@ class FirstCall:
     mode: FakeTensorMode
 
 
+@contextmanager
+def _without_logging(module: L.LightningModule) -> Iterator[None]:
+    """Let a training step log where there is no training to log for."""
+    muted: Any = module
+    muted.log = muted.log_dict = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del muted.log, muted.log_dict
+
+
 def first_call(trainer: L.Trainer, module: L.LightningModule) -> FirstCall:
-    """Run the training step on the first batch up to where it calls the transformer.
+    """Run the training step on the first batch up to where it calls the transformer, to train it.
 
     Args:
         trainer: The Trainer, set up.
@@ -53,14 +67,22 @@ def first_call(trainer: L.Trainer, module: L.LightningModule) -> FirstCall:
         PlanError: If the training step does not get there.
     """
     trainer.fit_loop.setup_data()
-    batch = next(iter(trainer.train_dataloader or ()), None)
-    if batch is None:
+    # As the Trainer does, which takes several loaders too.
+    first = next(iter(CombinedLoader(trainer.train_dataloader, "max_size_cycle")), None)
+    if first is None:
         raise PlanError("There is no batch to train on: the training data is empty. Check the data module.")
+    batch = first[0]
     transformer = find_transformer(module)[1]
     anatomy = anatomy_of(transformer)
     found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def note(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            raise PlanError(
+                f"The training step of {type(module).__name__} calls its transformer without gradients before it "
+                "trains it, and a plan follows one call. Say what it is trained on, with --num_sequences and "
+                "--num_tokens; the other call is not counted."
+            )
         found.append((args, kwargs))
         raise _Called
 
@@ -68,10 +90,13 @@ def first_call(trainer: L.Trainer, module: L.LightningModule) -> FirstCall:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         batch = module._apply_batch_transfer_handler(batch, torch.device("cpu"), 0)
-        with mode:
-            module.training_step(apply_to_collection(batch, torch.Tensor, mode.from_tensor), 0)
-    except _Called:
-        pass
+        batch = apply_to_collection(batch, torch.Tensor, mode.from_tensor)
+        takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
+        with mode, _without_logging(module):
+            module.training_step(batch, *([0] if takes_index else []))
+    except (_Called, PlanError) as ended:
+        if isinstance(ended, PlanError):
+            raise
     except Exception as error:
         raise PlanError(
             f"The training step of {type(module).__name__} could not be followed on a batch without values "

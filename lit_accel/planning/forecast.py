@@ -14,7 +14,7 @@ from torch import nn
 
 from lit_accel.anatomy import Anatomy, anatomy_of, build_resized, find_transformer, uses_activation_checkpointing
 from lit_accel.compute.plan import PlannedPhase, RunPlan, Workload
-from lit_accel.methods.coordinator import Coordinator, coordinator_of, workload_of
+from lit_accel.methods.coordinator import coordinator_of, workload_of
 from lit_accel.planning.first_call import FirstCall, first_call
 from lit_accel.planning.memory import MOMENTS, Activations, activations_of
 from lit_accel.planning.rehearsal import rehearse
@@ -111,6 +111,11 @@ def _forecast(
             "A plan must know how long the run is. Give the Trainer max_steps, or max_epochs with a data loader of "
             "known length."
         )
+    if world_size != trainer.world_size and trainer.max_steps == -1:
+        raise MisconfigurationException(
+            f"The run is to have {world_size} processes, and how many optimizer steps its epochs have then depends on "
+            "how the data is shared out. Give the Trainer max_steps."
+        )
     transformer = find_transformer(module)[1]
     full = anatomy_of(transformer).at(full_size(module))
     coordinator = coordinator_of(trainer)
@@ -130,8 +135,11 @@ def _forecast(
     alone = {type(method).__name__: coordinator.plan(full, workload, [method]) for method in methods}
     levels = {phase.level: phase.anatomy for phase in together.phases}
     activations = {level: _activations(transformer, anatomy, call, trainer) for level, anatomy in levels.items()}
-    num_moments = _num_moments(module)
-    memory = _memory(coordinator, together, activations, workload, str(trainer.precision), num_moments)
+    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    share_trained = trained / sum(p.numel() for p in transformer.parameters())
+    num_bytes = _BYTES.get(str(trainer.precision), 4)
+    moments = _num_moments(trainer)
+    memory = _memory(together, activations, workload, num_bytes, num_bytes * share_trained, moments)
     measured = any(method.measures_blocks for method in methods)
     drawn = any(method.decides == "layers" for method in methods) and together.stride > 1
     return Forecast(together, alone, workload, memory, (), measured or drawn)
@@ -147,46 +155,43 @@ def _activations(
         with torch.device(next(transformer.parameters()).device):
             model = build_resized(transformer, present, anatomy.size)
     try:
-        return activations_of(model.train(), call, str(trainer.precision))
+        return activations_of(model, call, str(trainer.precision))
     except Exception:
         # Any model can be trained, but not any can be followed without values; its cost is known all the same.
         return None
 
 
-def _num_moments(module: L.LightningModule) -> int | None:
-    try:
-        configured: Any = module.configure_optimizers()
-    except Exception:
-        # A module may need what exists in training alone.
+def _num_moments(trainer: L.Trainer) -> int | None:
+    """Return how many tensors like a parameter the optimizers keep for each; ``None`` if that is not known."""
+    numbers = {MOMENTS.get(type(optimizer)) for optimizer in trainer.optimizers}
+    if len(numbers) != 1 or None in numbers:
         return None
-    if isinstance(configured, dict):
-        configured = configured.get("optimizer")
-    return MOMENTS.get(type(configured))
+    (number,) = numbers
+    assert number is not None
+    return number + any(optimizer.defaults.get("amsgrad", False) for optimizer in trainer.optimizers)
 
 
 def _memory(
-    coordinator: Coordinator,
     run: RunPlan,
     activations: dict[int, Activations | None],
     workload: Workload,
-    precision: str,
+    num_bytes: int,
+    num_bytes_trained: float,
     num_moments: int | None,
 ) -> tuple[PhaseMemory, ...]:
-    num_bytes = _BYTES.get(precision, 4)
-
     def of(phase: PlannedPhase, end: int) -> PhaseMemory:
         assert phase.anatomy is not None
         saved = activations[phase.level]
-        weights = phase.anatomy.num_parameters * num_bytes
         most = None
         if saved is not None:
             decisions = run.decisions[-(-phase.start // run.stride) : -(-end // run.stride)]
             merged = workload.num_merged.get(phase.level, 1)
             most = merged * saved.most(phase.anatomy, decisions, workload.num_tokens)
+        moments = None if num_moments is None else round(num_moments * phase.anatomy.num_parameters * num_bytes_trained)
         return PhaseMemory(
-            weights=weights,
-            gradients=phase.num_parameters * num_bytes,
-            optimizer=None if num_moments is None else num_moments * weights,
+            weights=phase.anatomy.num_parameters * num_bytes,
+            gradients=round(phase.num_parameters * num_bytes_trained),
+            optimizer=moments,
             activations=most,
         )
 

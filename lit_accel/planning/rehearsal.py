@@ -9,7 +9,11 @@ from typing import Any, TypeVar
 import lightning.pytorch as L
 import torch
 
+from lit_accel.anatomy import anatomy_of, find_transformer
+from lit_accel.methods.composition import Composition
 from lit_accel.methods.coordinator import coordinator_of
+from lit_accel.methods.method import Method
+from lit_accel.methods.requirements import require_training_mode
 
 _Made = TypeVar("_Made")
 
@@ -26,8 +30,8 @@ def rehearse(
 ) -> tuple[_Made, list[str]]:
     """Set a fit up, and call a function where it would put the model on its device and train.
 
-    Everything that refuses a run refuses it here too. What a module builds in ``configure_model`` is built on the meta
-    device. Loggers are left out: they would write.
+    What refuses a run before training refuses it here too. What a module builds in ``configure_model`` is built on the
+    meta device. Loggers are left out: they would write.
 
     Args:
         trainer: The Trainer; it must not be used to train afterwards.
@@ -48,18 +52,25 @@ def rehearse(
             configure_model()
 
     def instead_of_setup(trainer: L.Trainer) -> None:
-        coordinator = coordinator_of(trainer)
-        for method in coordinator.methods:
-            # Of a module that makes its data in its own setup.
-            if not method.is_planned:
-                method.resolve(trainer, module)
-        coordinator.check_run(module)
+        strategy.setup_optimizers(trainer)
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        # What is about to end is no exception that others should act on.
+        ours = [callback for callback in callbacks if isinstance(callback, (Method, Composition))]
+        trainer.callbacks = ours  # type: ignore[attr-defined]
+        for callback in ours:
+            callback.on_fit_start(trainer, module)
+        transformer = find_transformer(module)[1]
+        for method in coordinator_of(trainer).methods:
+            if method.decides in ("layers", "tokens"):
+                require_training_mode(transformer, anatomy_of(transformer), type(method).__name__)
         made.append(make())
         raise _RehearsalOver
 
     module.configure_model = configure_model_on_meta  # type: ignore[method-assign]
     # A model on the meta device can neither be moved to a device nor back from one.
     strategy.setup, strategy.teardown = instead_of_setup, lambda: None
+    # Nor is there anything to be saved where a run is refused.
+    trainer.save_checkpoint = lambda *args, **kwargs: None  # type: ignore[method-assign]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -67,6 +78,7 @@ def rehearse(
         except _RehearsalOver:
             pass
         finally:
-            del module.configure_model, strategy.setup, strategy.teardown
-    said = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+            del module.configure_model, strategy.setup, strategy.teardown, trainer.save_checkpoint
+    # Lightning's own are about training.
+    said = [str(warning.message) for warning in caught if "lit_accel" in warning.filename]
     return made[0], list(dict.fromkeys(said))

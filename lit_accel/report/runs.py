@@ -126,7 +126,8 @@ def find_runs(paths: Sequence[str | Path], metric: str) -> tuple[list[Run], list
             files.setdefault(key, file)
             if label or key not in labels:
                 labels[key] = label or default_label(file)
-    runs, left_out, known = [], [], set()
+    runs: list[Run] = []
+    left_out, known = [], set()
     for key, file in files.items():
         try:
             ledger = read_ledger(file)

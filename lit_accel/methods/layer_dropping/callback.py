@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -177,12 +178,12 @@ class LayerDropping(Method, ABC):
         ensure_built(trainer, pl_module)
         transformer = find_transformer(pl_module)[1]
         anatomy = anatomy_of(transformer)
-        full = anatomy.at(full_size(pl_module))
         if trainer.global_step == 0:
             self._clear()
-        self._full = full
         self._coordinator = coordinator_of(trainer)
+        # First: a model that is to grow is only now known to be a small one.
         self._coordinator.check()
+        self._full = full = anatomy.at(full_size(pl_module))
         self._take(anatomy)
         if self.drops:
             self._scale = resolve_scale(anatomy, self.scale, name)
@@ -259,7 +260,7 @@ class LayerDropping(Method, ABC):
     def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
         if num_tokens != self._num_tokens:
             self._num_tokens, self._costs = num_tokens, None
-        if self._observer is not None:
+        if self._observer is not None and torch.is_grad_enabled():
             self._coordinator.on_first_call(self._observer.module, num_sequences, num_tokens)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -170,14 +170,7 @@ class MultiLevelTraining(PlannedLevels):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Plan the levels and refuse whatever could not work, before anything is trained."""
-        prepare_module(trainer, pl_module)
-        self._path, transformer = find_transformer(pl_module)
-        anatomy = anatomy_of(transformer)
-        if self.start_level and anatomy.size == (self._start_size or full_size(pl_module)):
-            self._start_size = anatomy.size
-            factors = [(level.width, level.depth) for level in self.levels[: self.start_level]]
-            set_full_size(pl_module, grown_size(anatomy, factors))
-        self.maps = self.plan_levels(anatomy.at(full_size(pl_module)))
+        self.take_sizes(trainer, pl_module)
         if stage != "fit":
             return
         if trainer.global_step == 0:
@@ -187,10 +180,22 @@ class MultiLevelTraining(PlannedLevels):
         coordinator_of(trainer).check()
         check_trainer(trainer, pl_module, changes_lr=self._changes_lr)
         check_merging(trainer, pl_module, [level.merge_batches for level in self.levels])
-        check_model(pl_module, self._path, transformer, anatomy, self.maps)
+        transformer = find_transformer(pl_module)[1]
+        check_model(pl_module, self._path, transformer, anatomy_of(transformer), self.maps)
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
             self.resolve(trainer, pl_module)
+
+    def take_sizes(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up the sizes of the levels from the model that is there; the same again where nothing has changed."""
+        prepare_module(trainer, pl_module)
+        self._path, transformer = find_transformer(pl_module)
+        anatomy = anatomy_of(transformer)
+        if self.start_level and anatomy.size == (self._start_size or full_size(pl_module)):
+            self._start_size = anatomy.size
+            factors = [(level.width, level.depth) for level in self.levels[: self.start_level]]
+            set_full_size(pl_module, grown_size(anatomy, factors))
+        self.maps = self.plan_levels(anatomy.at(full_size(pl_module)))
 
     def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the length of the run, and refuse what does not fit it."""

@@ -221,7 +221,8 @@ class RandomLTD(PlannedTokens):
 
     def _predict(self, pl_module: L.LightningModule, num_tokens: int) -> None:
         self._has_predicted = True
-        if not self.num_steps:
+        # Of the full model, which is left alone where the rules say so.
+        if not self.num_steps or not self._coordinator.drops_at(0):
             return
         plan = self._plan_for(pl_module, num_tokens)
         transformer = find_transformer(pl_module)[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import lightning.pytorch as L
@@ -56,8 +55,18 @@ class PlannedTokens(Method):
     def spans(self) -> Sequence[Span]:
         """Return the steps in which tokens may be dropped."""
         assert self.schedule is not None
-        runs_by_level = self._coordinator.rules.schedules == "level"
-        return [(0, sys.maxsize if runs_by_level else self.schedule.growth_steps)]
+        if self.num_steps is None:
+            return [(0, self.schedule.growth_steps)]
+        spans: list[Span] = []
+        coordinator = self._coordinator
+        for step in range(self.num_steps):
+            if not coordinator.may_drop(step) or self.schedule.is_over(coordinator.schedule_step(step)):
+                continue
+            if spans and spans[-1][1] == step:
+                spans[-1] = (spans[-1][0], step + 1)
+            else:
+                spans.append((step, step + 1))
+        return spans
 
     def plan_tokens(self, anatomy: Anatomy, num_tokens: int) -> Callable[[int], Mapping[int, int]]:
         """Return what says, for an optimizer step, how many tokens a block runs on that does not run on all of them.
