@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -13,15 +13,16 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
 
 # Imported for what it registers: the strategies that YAML knows by name.
 import lit_accel.strategies  # noqa: F401
 from lit_accel.anatomy import AnatomyError
 from lit_accel.compute import ComputeLedger
-from lit_accel.planning import PlanError
-
-if TYPE_CHECKING:
-    from lit_accel.planning import Forecast
+from lit_accel.planning import Forecast, PlanError, plan
+from lit_accel.planning.calibration import calibrate as calibrated
+from lit_accel.planning.picture import draw_forecast
+from lit_accel.planning.table import forecast_tables
 
 _SHOWING = (ProgressBar, DeviceStatsMonitor, LearningRateMonitor, ModelSummary)
 _QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -38,18 +39,38 @@ class AccelTrainer(L.Trainer):
         picture: str | None = "plan.png",
         num_sequences: int | None = None,
         num_tokens: int | None = None,
-    ) -> None:
+    ) -> Forecast:
         """Print what a run would cost and need, without training it.
 
         Args:
-            model: The module; of the command line it has no weights.
+            model: The module, which may have no weights; with a calibration it needs them, and changes them.
             datamodule: Its data module.
             calibrate: Whether to train some steps on this machine, to predict seconds.
             picture: Where to draw what each step costs, a PNG file; null for nowhere.
             num_sequences: Sequences of a micro-batch. Default: those of the first training batch.
             num_tokens: Tokens of each. Default: the same.
+
+        Returns:
+            What was printed.
         """
-        raise NotImplementedError("lit-accel plan does this; in Python call lit_accel.planning.plan.")
+        forecast = plan(self, model, datamodule, num_sequences=num_sequences, num_tokens=num_tokens)
+        if calibrate:
+            forecast = replace(forecast, seconds=calibrated(self, model, datamodule, forecast.plan))
+        show(forecast, picture)
+        return forecast
+
+
+def show(forecast: Forecast, picture: str | None) -> None:
+    """Print a forecast, and draw it.
+
+    Args:
+        forecast: What a run will be like.
+        picture: Where to draw it, a PNG file; ``None`` for nowhere.
+    """
+    Console().print(forecast_tables(forecast))
+    if picture is not None:
+        draw_forecast(forecast, picture)
+        print(f"Drawn in {picture}.")
 
 
 class LitAccelCLI(LightningCLI):
@@ -131,16 +152,9 @@ class LitAccelCLI(LightningCLI):
 
     def plan(self, model: LightningModule, datamodule: LightningDataModule | None = None, **options: Any) -> None:
         """Print what a run would cost and need; see :meth:`AccelTrainer.plan`."""
-        from rich.console import Console
-
-        from lit_accel import planning
-        from lit_accel.planning.calibration import calibrate
-        from lit_accel.planning.picture import draw_forecast
-        from lit_accel.planning.table import forecast_tables
-
         config = self._get(self.config_init, "trainer")
         world_size = _world_size(config)
-        forecast = planning.plan(
+        forecast = plan(
             self.trainer,
             model,
             datamodule,
@@ -157,15 +171,12 @@ class LitAccelCLI(LightningCLI):
         if options["calibrate"]:
             self._is_on_meta = False
             self.instantiate_classes()
-            seconds = calibrate(self.trainer, self.model, self.datamodule, forecast.plan)
+            seconds = calibrated(self.trainer, self.model, self.datamodule, forecast.plan)
             forecast = replace(forecast, seconds=seconds)
         self.forecast = forecast
-        if not self.trainer.is_global_zero:
-            return
-        Console().print(forecast_tables(forecast))
-        if options["picture"] is not None:
-            draw_forecast(forecast, options["picture"])
-            print(f"Drawn in {options['picture']}.")
+        # A calibration on several devices has a process for each.
+        if self.trainer.is_global_zero:
+            show(forecast, options["picture"])
 
 
 def _with_one_ledger(callbacks: Any) -> list[L.Callback]:

@@ -125,7 +125,7 @@ class Coordinator:
         self._check_rules()
         is_rehearsal = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         if not is_rehearsal:
-            self._check_dense_steps(methods)
+            self._check_dense_steps()
         workload = workload_of(self.trainer, module, methods)
         if workload is not None:
             self.check_cost(module, workload)
@@ -187,12 +187,10 @@ class Coordinator:
                 f"{f' to {self.num_levels - 1}' if self.num_levels > 1 else ', the full model, alone'}."
             )
 
-    def _check_dense_steps(self, methods: Sequence[Method]) -> None:
+    def _check_dense_steps(self) -> None:
         """Refuse what cannot simply be left undone for some steps: sizes and units have schedules of their own."""
         start, end = self.dense_steps
-        for method in methods:
-            if method.decides not in ("size", "units"):
-                continue
+        for method in (*self._deciding("size"), *self._deciding("units")):
             for first, last in method.spans():
                 inside = "dense_warmup" if first < start else "dense_tail" if last > end else None
                 if inside is not None and first < last:

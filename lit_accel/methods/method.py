@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
 import lightning.pytorch as L
@@ -15,7 +15,7 @@ Span = tuple[int, int]
 """Optimizer steps: the first one, and the first one after."""
 
 
-class Method(L.Callback):
+class Method(L.Callback, ABC):
     """Base of the callbacks that leave a part of the model out in training.
 
     Subclasses state their facts as class attributes, and say in which steps they do what. All of it is a pure function
@@ -39,15 +39,16 @@ class Method(L.Callback):
     """Whether its decisions depend on measurements of the model, which a plan cannot know."""
 
     @property
+    @abstractmethod
     def is_neutral(self) -> bool:
         """Whether its settings are those with which it does nothing."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def is_planned(self) -> bool:
         """Whether the length of the run is known, and with it what is done in each step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the length of the run, and refuse what does not fit it.
 
@@ -55,11 +56,6 @@ class Method(L.Callback):
             trainer: The Trainer.
             pl_module: Its module.
         """
-        raise NotImplementedError
-
-    def spans(self) -> Sequence[Span]:
-        """Return the steps in which something may be left out; it must be planned."""
-        raise NotImplementedError
 
     def needs_all_blocks(self, step: int) -> bool:
         """Whether the gradients of all blocks are needed in an optimizer step."""

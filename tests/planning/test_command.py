@@ -15,16 +15,19 @@ SMALL = ["--model.init_args.overrides", "{n_layer: 8, n_embd: 32, n_head: 4, n_p
 SMALL += ["--data.init_args.block_size", "64", "--data.init_args.tokenizer", "bytes", "--trainer.max_steps", "200"]
 
 
-def lit_accel(tmp_path, *args):
-    """Call the command in an empty folder; return its output and the most memory that it had, in bytes."""
-    done = subprocess.run(
+def call(tmp_path, *args):
+    return subprocess.run(
         [sys.executable, "-c", "from lit_accel.cli import main; main()", *args],
         cwd=tmp_path,
-        env=None,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def lit_accel(tmp_path, *args):
+    """Call the command in a folder; return its output."""
+    done = call(tmp_path, *args)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -92,3 +95,25 @@ def test_a_model_of_31_billion_parameters(tmp_path):
     assert after.ru_maxrss * 1024 < 4 * 2**30
     # Of the processor: others may be using it at the same time.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
+
+
+MINE = """
+from tests.planning.runs import Data
+from tests.training import TinyModule as Mine
+"""
+
+
+def test_a_refusal_is_one_message_and_own_classes_are_found_where_one_is(tmp_path, monkeypatch):
+    """The same of `fit`: both stop before training."""
+    monkeypatch.setenv("PYTHONPATH", str(CONFIGS.parent))
+    (tmp_path / "mine.py").write_text(MINE)
+    mine = ["--model", "mine.Mine", "--data", "mine.Data", "--trainer.max_steps", "20", "--trainer.strategy", "ddp"]
+    done = call(
+        tmp_path, "plan", *mine, "--trainer.accelerator", "cpu", "--trainer.callbacks+=lit_accel.MultiLevelTraining"
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert (
+        "lit-accel: MultiLevelTraining changes the model's size in mid-training, which DDPStrategy cannot. Use"
+        in done.stderr
+    )

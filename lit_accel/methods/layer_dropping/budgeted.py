@@ -14,7 +14,6 @@ from lit_accel.methods.layer_dropping.budget import allocate
 from lit_accel.methods.layer_dropping.callback import LayerDropping
 from lit_accel.methods.layer_dropping.kept_schedule import kept_share
 from lit_accel.methods.layer_dropping.refusals import droppable_blocks
-from lit_accel.methods.method import Span
 from lit_accel.schedules import num_steps_of
 
 
@@ -94,9 +93,3 @@ class BudgetedLayerDropping(LayerDropping):
             return made[kept]
 
         return at
-
-    def spans(self) -> Sequence[Span]:
-        """Return the steps in which blocks may be dropped."""
-        assert self.num_steps is not None
-        # The release ends with the run.
-        return [(self._warmup, self.num_steps)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -40,7 +40,7 @@ from lit_accel.routing import routing_of
 _STATE_VERSION = 1
 
 
-class LayerDropping(Method, ABC):
+class LayerDropping(Method):
     """Base of the callbacks that skip blocks in training: subclasses say with which probability each is kept.
 
     One mask holds for a whole optimizer step, on all micro-batches and ranks. It is drawn from the seed and the step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from lit_accel.methods.layer_dropping.dropper import Scale
 from lit_accel.methods.layer_dropping.progressive import Convention, Direction, keep_probabilities, theta_at
 from lit_accel.methods.layer_dropping.refusals import droppable_blocks
 from lit_accel.methods.layer_dropping.sampling import Sampler
-from lit_accel.methods.method import Span
 from lit_accel.schedules import num_steps_of
 
 _SECTION = "progressive_layer_drop"
@@ -209,14 +207,6 @@ class ProgressiveLayerDropping(LayerDropping):
         for index, p in zip(units, keep_probabilities(self.theta_at(step), len(units), self.convention), strict=True):
             probabilities[index] = p
         return probabilities
-
-    def spans(self) -> Sequence[Span]:
-        """Return the steps in which blocks may be dropped."""
-        if self.num_steps is None:
-            return [(0, sys.maxsize)]
-        # Increasing, theta comes back to 1 no sooner than in the last step.
-        is_released = self.direction == "decreasing"
-        return [(0, self.num_steps - self._release_steps if is_released else self.num_steps)]
 
     def metrics(self) -> dict[str, float]:
         """Return theta."""
