@@ -16,7 +16,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from lit_accel import planning
+from lit_accel import cli, planning
 from lit_accel.cli import main
 from lit_accel.compute import forward_flops, read_ledger
 from lit_accel.methods.layer_dropping.sensitivity import ablation_flops
@@ -66,9 +66,9 @@ def _alone(tmp_path, monkeypatch):
 @contextlib.contextmanager
 def forecasts():
     """Collect what ``lit-accel plan`` would print."""
-    made, plan = [], planning.plan
+    made, plan = [], cli.plan
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(planning, "plan", lambda *args, **kwargs: made.append(plan(*args, **kwargs)) or made[-1])
+        patch.setattr(cli, "plan", lambda *args, **kwargs: made.append(plan(*args, **kwargs)) or made[-1])
         yield made
 
 

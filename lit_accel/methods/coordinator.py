@@ -128,13 +128,13 @@ class Coordinator:
             self._check_dense_steps()
         workload = workload_of(self.trainer, module, methods)
         if workload is not None:
-            self.check_cost(module, workload)
+            self.check_cost(anatomy_of(find_transformer(module)[1]).at(full_size(module)), workload)
 
-    def check_cost(self, module: L.LightningModule, workload: Workload) -> None:
+    def check_cost(self, full: Anatomy, workload: Workload) -> None:
         """Say what a run of several methods will cost, once, and refuse it if hardly anything is left of it.
 
         Args:
-            module: The LightningModule.
+            full: The full model.
             workload: What an optimizer step works on.
 
         Raises:
@@ -147,7 +147,6 @@ class Coordinator:
         if self._num_steps is None:
             # A run without an end has no cost.
             return
-        full = anatomy_of(find_transformer(module)[1]).at(full_size(module))
         share = self.plan(full, workload, most_steps=_FEW_STEPS, draws=False).share
         names = ", ".join(type(method).__name__ for method in methods)
         rank_zero_info(f"{names} together will cost about {share:.0%} of the FLOPs of a dense run.")
@@ -159,11 +158,13 @@ class Coordinator:
                 "want it with Composition(least_cost=0)."
             )
 
-    def on_first_call(self, module: L.LightningModule, num_sequences: int, num_tokens: int) -> None:
+    def on_first_call(self, full: Anatomy, num_sequences: int, num_tokens: int) -> None:
         """Check the cost of a run of which nobody has said before how long its sequences are.
 
+        It is called from within a call of the model, which must not be looked at now: FSDP has gathered its parameters.
+
         Args:
-            module: The LightningModule.
+            full: The full model.
             num_sequences: Sequences of a call of the transformer.
             num_tokens: Tokens of each.
         """
@@ -172,7 +173,7 @@ class Coordinator:
         if self.trainer.world_size > 1:
             # Sequences of other ranks may be longer, and all are to come to the same decision.
             num_sequences, num_tokens = self.trainer.strategy.broadcast((num_sequences, num_tokens))
-        self.check_cost(module, Workload(num_sequences, num_tokens))
+        self.check_cost(full, Workload(num_sequences, num_tokens))
 
     def _check_rules(self) -> None:
         start, end = self.dense_steps

@@ -129,7 +129,7 @@ def _forecast(
         num_merged=known.num_merged if known else {},
         activation_checkpointing=transformer.training and uses_activation_checkpointing(transformer),
     )
-    coordinator.check_cost(module, workload)
+    coordinator.check_cost(full, workload)
     together = coordinator.plan(full, workload)
     methods = coordinator.methods
     alone = {type(method).__name__: coordinator.plan(full, workload, [method]) for method in methods}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import lightning.pytorch as L
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -51,6 +53,8 @@ def test_and_allowed(tmp_path, callbacks):
 
 
 def test_what_it_will_cost_is_said(tmp_path, caplog):
+    # Others may have silenced it before.
+    caplog.set_level(logging.INFO, "lightning.pytorch.utilities.rank_zero")
     made = run(tmp_path, [METHODS["PLD"](), METHODS["random-LTD"](num_tokens=12)])
     said = [record.message for record in caplog.records if " together will cost about " in record.message]
     total = made.ledger.phases.total

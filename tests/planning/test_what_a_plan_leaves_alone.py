@@ -151,8 +151,8 @@ def test_growth_is_planned_from_the_size_that_it_leads_to(tmp_path, order):
         levels = MultiLevelTraining([Level()], [Phase(1, 10), Phase(0)], start_level=1)
         return [SensitivityLayerDropping(kept=0.8, protected=0.0, min_keep=0.1), levels][::order]
 
-    forecast = plan(trainer(tmp_path, callbacks(), max_steps=400), on_meta(), Data())
-    counted = trained(tmp_path, callbacks(), max_steps=400).list
+    forecast = plan(trainer(tmp_path, callbacks(), max_steps=100), on_meta(), Data())
+    counted = trained(tmp_path, callbacks(), max_steps=100).list
     assert [(p.steps, p.num_parameters) for p in forecast.plan.phases] == [(p.steps, p.num_parameters) for p in counted]
 
 

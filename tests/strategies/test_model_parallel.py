@@ -26,7 +26,7 @@ from lit_accel import Level, MultiLevelTraining, Phase
 from lit_accel.anatomy import AnatomyError, anatomy_of
 from lit_accel.data import ImageDataModule
 from lit_accel.methods.multilevel import coalesce, level_map
-from lit_accel.methods.multilevel.refusals import check_trainer
+from lit_accel.methods.strategy_checks import check_strategy
 from lit_accel.strategies import ResizableModelParallelStrategy
 from lit_accel.tasks import ImageClassification, SavePretrained
 from tests.training import TinyModule, loader, make_trainer
@@ -243,7 +243,7 @@ def test_stock_strategies_are_refused(tmp_path, stock, instead):
     trainer._accelerator_connector.strategy = object.__new__(stock)
     match = "no strategy for TPUs" if instead is None else f'strategy="{instead}"'
     with pytest.raises(MisconfigurationException, match=match):
-        check_trainer(trainer, module, changes_lr=False)
+        check_strategy(trainer, MultiLevelTraining())
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "swinv2_tiny_window8_256"])

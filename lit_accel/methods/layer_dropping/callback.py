@@ -260,8 +260,8 @@ class LayerDropping(Method):
     def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
         if num_tokens != self._num_tokens:
             self._num_tokens, self._costs = num_tokens, None
-        if self._observer is not None and torch.is_grad_enabled():
-            self._coordinator.on_first_call(self._observer.module, num_sequences, num_tokens)
+        if self._full is not None and torch.is_grad_enabled():
+            self._coordinator.on_first_call(self._full, num_sequences, num_tokens)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the model as it was; Lightning does not call ``teardown`` then."""

@@ -173,6 +173,7 @@ class RandomLTD(PlannedTokens):
         self._has_predicted = self._has_warned = False
         self._coordinator = coordinator_of(trainer)
         self._coordinator.check()
+        self._full = anatomy.at(full_size(pl_module))
         self._take(anatomy)
         if self.drops:
             self._num_prefix = self.keep_prefix or 0
@@ -181,10 +182,9 @@ class RandomLTD(PlannedTokens):
             check_windows(anatomy, self._schedule_of(1), self._num_prefix)
             check_start(anatomy, self.start_tokens, self._known_tokens(trainer))
             check_compilation(pl_module, transformer, anatomy, type(self).__name__)
-            full = anatomy.at(full_size(pl_module))
             check_levels(
                 trainer,
-                full,
+                self._full,
                 lambda level: dropping_blocks(level, self.pinned, self.scope),
                 self._coordinator.drops_at,
             )
@@ -346,7 +346,7 @@ class RandomLTD(PlannedTokens):
         if not self._has_predicted:
             check_first_batch(self.start_tokens, num_tokens)
             self._predict(self._observer.module, num_tokens)
-        self._coordinator.on_first_call(self._observer.module, num_sequences, num_tokens)
+        self._coordinator.on_first_call(self._full, num_sequences, num_tokens)
         self._books.begin_call(anatomy, self.blocks, num_sequences, num_tokens)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
