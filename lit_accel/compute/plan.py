@@ -73,11 +73,11 @@ class RunPlan:
     """What a run will cost.
 
     Args:
-        step_flops: FLOPs of each optimizer step; of every ``stride``-th one.
+        step_flops: FLOPs of the optimizer steps that were looked at: of one in each ``stride`` of them.
         dense_step_flops: FLOPs of an optimizer step of the full model.
         phases: The phases, with everything but the seconds.
         decisions: What was decided in each of those steps.
-        stride: Steps between those that were evaluated; 1 for all of them.
+        stride: Of how many steps one was looked at; 1 for all of them.
     """
 
     step_flops: tuple[int, ...]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lit_accel.compute.table import Ledger, read_ledger
-from lit_accel.compute.units import prefix_for, with_prefix
+from lit_accel.compute.units import prefix_for, time_unit, with_prefix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,7 +153,7 @@ def plot_report(
     colours = {label: _COLOURS[index % len(_COLOURS)] for index, label in enumerate(runs)}
     resized = [label for label, run in runs.items() if run.phase.min() < run.phase.max()]
     flops_prefix, flops_divisor = prefix_for(max(run.flops[-1] for run in runs.values()))
-    time_unit, time_divisor = _time_unit(max(run.seconds[-1] for run in runs.values()))
+    unit, time_divisor = time_unit(max(run.seconds[-1] for run in runs.values()))
 
     figure = Figure(figsize=(11, 4.8), dpi=160, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -186,7 +186,7 @@ def plot_report(
         panel.spines[["bottom", "left"]].set_color("#808080")
         panel.tick_params(color="#808080", labelsize=9)
     left.set_xlabel(f"training compute ({flops_prefix}FLOPs)")
-    right.set_xlabel(f"training time without validation ({time_unit})")
+    right.set_xlabel(f"training time without validation ({unit})")
     left.set_ylabel(metric)
     right.legend(framealpha=0.9, edgecolor="none", fontsize=9, loc="upper right")
     figure.suptitle(title, x=0.008, ha="left", fontsize=13, fontweight="bold")
@@ -235,9 +235,3 @@ def _draw_phases(panel: Axes, run: Ledger, costs: np.ndarray, colour: str, botto
                 fontsize=7.5,
             )
         begin = end
-
-
-def _time_unit(longest: float) -> tuple[str, float]:
-    if longest < 120:
-        return "s", 1.0
-    return ("min", 60.0) if longest < 7200 else ("h", 3600.0)

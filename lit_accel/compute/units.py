@@ -34,3 +34,14 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def time_unit(longest: float) -> tuple[str, float]:
+    """Return the unit in which seconds up to a number are easy to read, and how many seconds it has.
+
+    Args:
+        longest: The largest of them.
+    """
+    if longest < 120:
+        return "s", 1.0
+    return ("min", 60.0) if longest < 7200 else ("h", 3600.0)

@@ -94,9 +94,10 @@ def first_call(trainer: L.Trainer, module: L.LightningModule) -> FirstCall:
         takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
         with mode, _without_logging(module):
             module.training_step(batch, *([0] if takes_index else []))
-    except (_Called, PlanError) as ended:
-        if isinstance(ended, PlanError):
-            raise
+    except _Called:
+        pass
+    except PlanError:
+        raise
     except Exception as error:
         raise PlanError(
             f"The training step of {type(module).__name__} could not be followed on a batch without values "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lit_accel.compute.units import prefix_for
+from lit_accel.compute.units import prefix_for, time_unit
 from lit_accel.report.arms import Arm
 from lit_accel.report.frontier import Frontier
 from lit_accel.report.noise import Cost
@@ -88,7 +88,7 @@ def horizontal(arms: Sequence[Arm], cost: Cost) -> Axis:
         prefix, divisor = prefix_for(largest)
         title = f"training compute ({prefix}FLOPs)"
     else:
-        unit, divisor = ("s", 1.0) if largest < 120 else ("min", 60.0) if largest < 7200 else ("h", 3600.0)
+        unit, divisor = time_unit(largest)
         title = f"training time without validation ({unit})"
     # Logarithmic axes have no zero; what came long before the first end is of no interest.
     first = min(ends) / 4 if is_log else 0.0
