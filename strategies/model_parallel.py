@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lit_accel.anatomy import find_transformer
+from lit_accel.checkpoints import replaced_folder, whole_folder
 from lit_accel.resizing import OptimizerState, rebuild_recorded_size, recorded_size, replace_transformer
 from lit_accel.strategies.resizing import ResizeEvent, ResizeMixin, group_options, restore_options
 from lit_accel.strategies.sharding import (
@@ -190,15 +191,20 @@ class ResizableModelParallelStrategy(ResizeMixin, ModelParallelStrategy):
         A distributed checkpoint restores only those options that new optimizers have by themselves, which is not
         enough for what schedulers and methods keep there.
         """
-        if self._save_distributed_checkpoint and "optimizer_states" in checkpoint:
+        if not self._save_distributed_checkpoint or storage_options is not None:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if "optimizer_states" in checkpoint:
             checkpoint[_GROUP_OPTIONS] = [group_options(optimizer) for optimizer in self.optimizers]
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        path = Path(self.broadcast(filepath))
+        with replaced_folder(path, is_writer=self.is_global_zero, barrier=self.barrier) as folder:
+            super().save_checkpoint(checkpoint, folder)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Bring the model to the size that a checkpoint was written at, and load it; all ranks need its files."""
         module = self.lightning_module
         assert module is not None
-        path = Path(self.broadcast(checkpoint_path))
+        path = whole_folder(Path(self.broadcast(checkpoint_path)))
         metadata_path = path / _METADATA if path.is_dir() else path
         # What is no checkpoint is for Lightning to complain of.
         if metadata_path.is_file():
@@ -207,7 +213,7 @@ class ResizableModelParallelStrategy(ResizeMixin, ModelParallelStrategy):
                 replace_transformer(module, find_transformer(module)[0], self.gather_transformer())
                 rebuild_recorded_size(module, metadata)
                 self.setup(module.trainer)
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        checkpoint = super().load_checkpoint(path, weights_only)
         if self.optimizers:
             restore_options(_recorded_options(checkpoint), self.optimizers)
         return checkpoint
