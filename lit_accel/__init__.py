@@ -1,8 +1,11 @@
 """Components for PyTorch Lightning that make transformers cheaper to train, and say honestly by how much."""
 
 from lit_accel import strategies
+from lit_accel.batch_seed import BatchSeed
+from lit_accel.checkpoints import AtomicCheckpointIO
 from lit_accel.compute import ComputeLedger
 from lit_accel.methods.composition import Composition
+from lit_accel.methods.guard import NonFiniteError, TrainingGuard
 from lit_accel.methods.layer_dropping.mixins import ProgressiveLayerDroppingMixin, SensitivityLayerDroppingMixin
 from lit_accel.methods.layer_dropping.pld import ProgressiveLayerDropping
 from lit_accel.methods.layer_dropping.sbld import SensitivityLayerDropping
@@ -17,6 +20,8 @@ from lit_accel.methods.token_dropping.mixin import RandomLTDMixin
 from lit_accel.resizing import ResizableMixin
 
 __all__ = [
+    "AtomicCheckpointIO",
+    "BatchSeed",
     "Composition",
     "ComputeLedger",
     "LayerTokenLR",
@@ -25,6 +30,7 @@ __all__ = [
     "MixedSparsityTraining",
     "MultiLevelMixin",
     "MultiLevelTraining",
+    "NonFiniteError",
     "Phase",
     "ProgressiveLayerDropping",
     "ProgressiveLayerDroppingMixin",
@@ -33,5 +39,6 @@ __all__ = [
     "ResizableMixin",
     "SensitivityLayerDropping",
     "SensitivityLayerDroppingMixin",
+    "TrainingGuard",
     "strategies",
 ]

@@ -12,12 +12,14 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as L
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_accel.anatomy import AnatomyError, Size, anatomy_of, build_resized, find_transformer
+from lit_accel.stored_state import require_readable
 
 CHECKPOINT_KEY = "lit_accel"
 CHECKPOINT_VERSION = 1
@@ -151,6 +153,7 @@ def record_size(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         "family": anatomy.family,
         "size": anatomy.size.to_state(),
         "full_size": full_size(module).to_state(),
+        "resized_by": _resizing(module),
     }
 
 
@@ -167,17 +170,16 @@ def recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> Size | No
     Raises:
         AnatomyError: If the checkpoint holds another family, was written by a newer version, or differs in more
             than width and depth.
+        MisconfigurationException: If what it says is damaged.
     """
     record = checkpoint.get(CHECKPOINT_KEY)
     if record is None:
         return None
-    if record["version"] > CHECKPOINT_VERSION:
-        raise AnatomyError(
-            f"The checkpoint has format {record['version']} of lit-accel; this version reads up to "
-            f"{CHECKPOINT_VERSION}. Update lit-accel."
-        )
     path, transformer = find_transformer(module)
     anatomy = anatomy_of(transformer)
+    state = anatomy.size.to_state()
+    present = {"version": CHECKPOINT_VERSION, "family": anatomy.family, "size": state, "full_size": state}
+    require_readable(record, present, "the model's size")
     size = Size.from_state(record["size"])
     if record["family"] != anatomy.family:
         raise AnatomyError(
@@ -214,6 +216,7 @@ def rebuild_recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
     size = recorded_size(module, checkpoint)
     if size is None:
         return
+    _require_growth(module, size, checkpoint[CHECKPOINT_KEY].get("resized_by", []))
     path, transformer = find_transformer(module)
     anatomy = anatomy_of(transformer)
     replace_transformer(module, path, build_resized(transformer, anatomy, size))
@@ -221,6 +224,26 @@ def rebuild_recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
         f"lit-accel: the checkpoint was written at another size; {path} is now a {anatomy.family} with "
         f"{anatomy.at(size).num_parameters:,} parameters instead of {anatomy.num_parameters:,}."
     )
+
+
+def _resizing(module: nn.Module) -> list[str]:
+    """Return the names of the callbacks that change the size of a module's model."""
+    trainer = getattr(module, "_trainer", None)
+    callbacks = () if trainer is None else trainer.callbacks
+    return [type(callback).__name__ for callback in callbacks if getattr(callback, "changes_size", False)]
+
+
+def _require_growth(module: nn.Module, size: Size, resized_by: list[str]) -> None:
+    """Refuse to go on training a model that was small when it was saved, where nothing would grow it back."""
+    trainer = getattr(module, "_trainer", None)
+    if trainer is None or trainer.state.fn != TrainerFn.FITTING or size == full_size(module):
+        return
+    if resized_by and not _resizing(module):
+        raise MisconfigurationException(
+            f"The checkpoint was written while {resized_by[0]} had made the model small, and this run has nothing that "
+            f"would grow it back. Give the Trainer the {resized_by[0]} that it was trained with. To train the small "
+            "model for itself, load it with load_from_checkpoint, and call fit without ckpt_path."
+        )
 
 
 class ResizableMixin:

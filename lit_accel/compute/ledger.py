@@ -23,6 +23,7 @@ from lit_accel.compute.stopwatch import Stopwatch, synchronize
 from lit_accel.compute.summary import phase_table
 from lit_accel.compute.table import FILE_NAME, TableWriter, read_rows
 from lit_accel.resizing import full_size, prepare_module
+from lit_accel.stored_state import require_readable
 
 _STATE_VERSION = 2
 # Where Lightning's ThroughputMonitor looks for the cost of a batch.
@@ -68,6 +69,7 @@ class ComputeLedger(Callback):
         print_table: Whether to print a summary by phase at the end.
 
     Raises:
+        ValueError: If ``monitor`` is no list of names.
         AnatomyError: At ``setup``, if the module holds no transformer of a known family, or several.
 
     Example::
@@ -79,6 +81,8 @@ class ComputeLedger(Callback):
         self, monitor: Sequence[str] = ("val/loss",), folder: str | None = None, print_table: bool = True
     ) -> None:
         super().__init__()
+        if isinstance(monitor, str) or not all(isinstance(name, str) for name in monitor):
+            raise ValueError(f'monitor is {monitor!r}; it is a list of names of logged metrics, such as ["val/loss"].')
         self.monitor = list(monitor)
         self.folder = folder
         self.print_table = print_table
@@ -218,13 +222,9 @@ class ComputeLedger(Callback):
         """Take the counters over.
 
         Raises:
-            ValueError: If a newer version wrote them.
+            MisconfigurationException: If a newer version wrote them, or they are damaged.
         """
-        if state_dict["version"] > _STATE_VERSION:
-            raise ValueError(
-                f"The ledger in the checkpoint has format {state_dict['version']}; this version of lit-accel "
-                f"reads up to {_STATE_VERSION}. Update lit-accel."
-            )
+        require_readable(state_dict, self.state_dict(), "the ledger")
         self._phases.load_state(state_dict["phases"])
         self._table_path = None if state_dict["table"] is None else Path(state_dict["table"])
 

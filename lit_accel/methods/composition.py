@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_accel.arguments import is_number, is_whole, require_duration, require_one_of
 from lit_accel.methods.coordinator import Rules, coordinator_of
+from lit_accel.methods.preparation import prepare_run
 from lit_accel.methods.requirements import check_rules
-from lit_accel.schedules import num_steps_of
+from lit_accel.stored_state import require_readable
 
 _STATE_VERSION = 1
 
@@ -47,22 +49,18 @@ class Composition(L.Callback):
         schedules: Literal["run", "level"] = "run",
         least_cost: float = 0.3,
     ) -> None:
-        for name, duration in (("dense_warmup", dense_warmup), ("dense_tail", dense_tail)):
-            try:
-                num_steps_of(duration, 1)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-        if not 0 <= least_cost < 1:
-            raise ValueError(f"least_cost is {least_cost}; it is a share of the FLOPs of a dense run, in [0, 1).")
-        if drop_levels is not None and any(
-            isinstance(level, bool) or not isinstance(level, int) or level < 0 for level in drop_levels
-        ):
-            raise ValueError(f"drop_levels is {drop_levels}; levels are integers, 0 for the full model.")
+        require_duration("dense_warmup", dense_warmup)
+        require_duration("dense_tail", dense_tail)
+        if not is_number(least_cost) or not 0 <= least_cost < 1:
+            raise ValueError(f"least_cost is {least_cost!r}; it is a share of the FLOPs of a dense run, in [0, 1).")
+        if drop_levels is not None:
+            is_list = isinstance(drop_levels, Iterable) and not isinstance(drop_levels, str)
+            if not is_list or not all(is_whole(level, 0) for level in drop_levels):
+                raise ValueError(f"drop_levels is {drop_levels!r}; it is a list of levels, such as [0], the full model.")
+            if not drop_levels:
+                raise ValueError("drop_levels is empty: nothing would ever be dropped. Leave the methods out instead.")
+        require_one_of("schedules", schedules, ("run", "level"))
         levels = None if drop_levels is None else tuple(drop_levels)
-        if drop_levels is not None and not drop_levels:
-            raise ValueError("drop_levels is empty: nothing would ever be dropped. Leave the methods out instead.")
-        if schedules not in ("run", "level"):
-            raise ValueError(f"schedules is {schedules!r}; allowed are 'run' and 'level'.")
         self.rules = Rules(dense_warmup, dense_tail, levels, schedules, least_cost)
         self._loaded_rules: dict[str, Any] = {}
 
@@ -73,7 +71,7 @@ class Composition(L.Callback):
         others = [callback for callback in trainer.callbacks if isinstance(callback, Composition)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise MisconfigurationException("Two Composition callbacks would contradict each other. Use one of them.")
-        coordinator_of(trainer).check()
+        prepare_run(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse what does not fit the run."""
@@ -92,13 +90,9 @@ class Composition(L.Callback):
         """Take up the rules for comparison.
 
         Raises:
-            MisconfigurationException: If a newer version wrote the checkpoint.
+            MisconfigurationException: If a newer version wrote the checkpoint, or it is damaged.
         """
-        if state_dict["version"] > _STATE_VERSION:
-            raise MisconfigurationException(
-                f"The checkpoint's composition has format {state_dict['version']}; this version of lit-accel reads up "
-                f"to {_STATE_VERSION}. Update lit-accel."
-            )
+        require_readable(state_dict, self.state_dict(), "composition")
         self._loaded_rules = dict(state_dict["rules"])
 
     def _rules(self) -> dict[str, Any]:

@@ -276,6 +276,18 @@ class Coordinator:
         """
         return any(method.begins_phase(step) for method in self.methods)
 
+    def transitions(self, step: int) -> list[str]:
+        """Return what changes about the model right before or in an optimizer step, in words.
+
+        Args:
+            step: The step.
+        """
+        changes = [method.transition(step) for method in self.methods]
+        drops = any(method.decides in ("layers", "tokens") for method in self.methods)
+        if drops and step and self.may_drop(step) and not self.may_drop(step - 1):
+            changes.append("blocks or tokens are dropped from here on")
+        return [change for change in changes if change is not None]
+
     def level_at(self, step: int) -> int:
         """Return the model's level at an optimizer step.
 

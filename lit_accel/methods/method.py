@@ -64,3 +64,11 @@ class Method(L.Callback, ABC):
     def begins_phase(self, step: int) -> bool:
         """Whether the model is another one from this optimizer step on: of another size, or with other units."""
         return False
+
+    def transition(self, step: int) -> str | None:
+        """Return what this method changes about the model right before or in an optimizer step, in words."""
+        return None
+
+    def decision(self) -> object:
+        """Return what it has decided about the present step: numbers and strings that are the same on all ranks."""
+        return None

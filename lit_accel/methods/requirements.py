@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lit_accel.anatomy import Anatomy, is_compiled
+from lit_accel.stored_state import compare_rules
 
 
 def require_equal_on_ranks(trainer: L.Trainer, digest: int, what: str) -> None:
@@ -33,28 +33,46 @@ def require_equal_on_ranks(trainer: L.Trainer, digest: int, what: str) -> None:
         odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
         raise RuntimeError(
             f"Ranks {', '.join(map(str, odd))} and rank 0 disagree about {what} of step {trainer.global_step}. "
-            "Training was "
-            "stopped before they wait for each other for ever. All ranks must be given the same configuration and seed."
+            "Training was stopped before they wait for each other for ever. All ranks must be given the same "
+            "configuration and seed."
         )
 
 
-def check_rules(trainer: L.Trainer, rules: Mapping[str, Any], stored: Mapping[str, Any], what: str) -> None:
-    """Warn where rules differ from those of a checkpoint, and compare them across ranks. A collective.
+def check_rules(
+    trainer: L.Trainer,
+    rules: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    what: str,
+    *,
+    fixed: Collection[str] = (),
+    why: str = "",
+) -> None:
+    """Compare rules with those of a checkpoint, and across ranks. A collective.
 
     Args:
         trainer: The Trainer.
         rules: The rules of this run.
         stored: Those that a checkpoint was trained with; empty if there is none.
         what: Of what they are, for messages.
+        fixed: Names of those that what the checkpoint holds depends on.
+        why: What would be wrong with others.
 
     Raises:
+        MisconfigurationException: If one of those has changed.
         RuntimeError: If the ranks differ, on all of them.
     """
-    if changed := [name for name, value in stored.items() if value != rules[name]]:
-        was = ", ".join(f"{name} {stored[name]} (now {rules[name]})" for name in changed)
-        rank_zero_warn(f"The checkpoint was trained with other rules of {what}: {was}. Those of now hold.")
-    digest = hashlib.blake2b(repr(rules).encode(), digest_size=8).digest()
-    require_equal_on_ranks(trainer, int.from_bytes(digest, "little") >> 2, f"the rules of {what}")
+    # First: ranks that were given different checkpoints may not all raise what follows.
+    require_equal_on_ranks(trainer, digest_of(rules), f"the rules of {what}")
+    compare_rules(rules, stored, what, fixed=fixed, why=why)
+
+
+def digest_of(decision: object) -> int:
+    """Return a number of 62 bits that stands for a decision, by what ``repr`` says of it.
+
+    Args:
+        decision: Numbers, strings and containers of them.
+    """
+    return int.from_bytes(hashlib.blake2b(repr(decision).encode(), digest_size=8).digest(), "little") >> 2
 
 
 def data_rank(trainer: L.Trainer) -> int:

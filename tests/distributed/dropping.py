@@ -298,6 +298,9 @@ class UpsideDown(ProgressiveLayerDropping):
         return super().probabilities(step)[::-1]
 
 
+WHAT = {"masks": "the dropped layers", "seeds": "the rules of layer dropping"}
+
+
 def disagreeing(folder: Path, strategy: str, about: str, options: dict[str, Any]) -> None:
     """An error on both ranks, and no waiting for each other."""
     faulthandler.dump_traceback_later(60, exit=True)
@@ -306,7 +309,7 @@ def disagreeing(folder: Path, strategy: str, about: str, options: dict[str, Any]
     kind = UpsideDown if rank and about == "masks" else ProgressiveLayerDropping
     method = kind(seed=rank if about == "seeds" else 0, **options)
     module = Deep()
-    with pytest.raises(RuntimeError, match="Ranks 1 and rank 0 disagree about the dropped layers"):
+    with pytest.raises(RuntimeError, match=f"Ranks 1 and rank 0 disagree about {WHAT[about]} of step"):
         trainer_for(folder, STRATEGIES[strategy](), [method]).fit(module, data())
     torch.save(len(module.losses), folder / f"{rank}.pt")
 

@@ -105,7 +105,7 @@ def test_a_dropped_block_is_neither_gathered_nor_reduced(folder):
         # Those of step 1 happen to be the same.
         ("fsdp", "masks", {"gamma": 5.0, "check_ranks_every": 1}, 2),
         ("resizable_ddp", "masks", {"gamma": 5.0, "check_ranks_every": 1}, 2),
-        # Compared once in a hundred steps, and long before the masks differ.
+        # Found before the first step, and long before the masks differ.
         ("fsdp", "seeds", {"gamma": 1e-3}, 0),
     ],
 )

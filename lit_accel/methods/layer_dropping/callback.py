@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -10,15 +9,14 @@ from typing import Any, get_args
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
 from lit_accel.anatomy import Anatomy, TransformerFollower, anatomy_of, find_transformer
+from lit_accel.arguments import require_indices, require_one_of, require_whole
 from lit_accel.compute.flops import training_flops
 from lit_accel.compute.observer import TransformerObserver
-from lit_accel.methods.coordinator import coordinator_of
 from lit_accel.methods.layer_dropping.books import Tally
 from lit_accel.methods.layer_dropping.dropper import BlockDropper, Scale
 from lit_accel.methods.layer_dropping.refusals import (
@@ -28,14 +26,18 @@ from lit_accel.methods.layer_dropping.refusals import (
 )
 from lit_accel.methods.layer_dropping.sampling import Sampler, sample_blocks
 from lit_accel.methods.method import Method
+from lit_accel.methods.preparation import prepare_run
 from lit_accel.methods.requirements import (
     check_compilation,
     check_levels,
+    check_rules,
+    digest_of,
     require_equal_on_ranks,
     require_training_mode,
 )
 from lit_accel.resizing import ensure_built, full_size
 from lit_accel.routing import routing_of
+from lit_accel.stored_state import require_readable
 
 _STATE_VERSION = 1
 
@@ -64,11 +66,11 @@ class LayerDropping(Method):
     def __init__(
         self, *, pinned: Sequence[int], sampler: Sampler, scale: Scale | None, seed: int, check_ranks_every: int
     ) -> None:
-        for argument, value, allowed in (("sampler", sampler, Sampler), ("scale", scale or "none", Scale)):
-            if value not in get_args(allowed):
-                raise ValueError(f"{argument} is {value!r}; allowed are {', '.join(map(repr, get_args(allowed)))}.")
-        if check_ranks_every < 1:
-            raise ValueError(f"check_ranks_every is {check_ranks_every}; it is a number of steps, at least 1.")
+        require_one_of("sampler", sampler, get_args(Sampler))
+        require_one_of("scale", scale, (None, *get_args(Scale)))
+        require_whole("check_ranks_every", check_ranks_every, 1, of="steps")
+        require_whole("seed", seed)
+        require_indices("pinned", pinned)
         self.pinned = list(pinned)
         self.sampler: Sampler = sampler
         self.scale = scale
@@ -98,6 +100,7 @@ class LayerDropping(Method):
         self._costs: tuple[int, ...] | None = None
         self._scale: Scale = "none"
         self._num_loaded_blocks = 0
+        self._loaded_rules: dict[str, Any] = {}
 
     # What subclasses say
 
@@ -180,9 +183,8 @@ class LayerDropping(Method):
         anatomy = anatomy_of(transformer)
         if trainer.global_step == 0:
             self._clear()
-        self._coordinator = coordinator_of(trainer)
         # First: a model that is to grow is only now known to be a small one.
-        self._coordinator.check()
+        self._coordinator = prepare_run(trainer)
         self._full = full = anatomy.at(full_size(pl_module))
         self._take(anatomy)
         if self.drops:
@@ -219,7 +221,9 @@ class LayerDropping(Method):
         self._coordinator.check_run(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Intercept the blocks."""
+        """Intercept the blocks; warn if rules have changed since the checkpoint was written."""
+        check_rules(trainer, self._rules(), self._loaded_rules, "layer dropping")
+        self._loaded_rules = {}
         if not self.drops:
             return
         transformer = find_transformer(pl_module)[1]
@@ -276,6 +280,10 @@ class LayerDropping(Method):
 
     # During training
 
+    def decision(self) -> object:
+        """Return which blocks run."""
+        return self.keep
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -307,8 +315,7 @@ class LayerDropping(Method):
         if trainer.global_step % self.check_ranks_every == 0 or (drops_now and not self._has_compared):
             self._has_compared |= drops_now
             # With the rules: with different seeds, masks are often equal while little is dropped.
-            digest = hashlib.blake2b(repr((self.keep, self._rules())).encode(), digest_size=8).digest()
-            require_equal_on_ranks(trainer, int.from_bytes(digest, "little") >> 2, "the dropped layers")
+            require_equal_on_ranks(trainer, digest_of((self.keep, self._rules())), "the dropped layers")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """See that what was dropped has no gradient: it has run, or one of an earlier step is still there."""
@@ -383,21 +390,13 @@ class LayerDropping(Method):
         return {"sampler": self.sampler, "scale": self.scale, "seed": self.seed, "pinned": self.pinned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up where the draws stood; warn if rules have changed since.
+        """Take up where the draws stood, and the rules for comparison.
 
         Raises:
-            MisconfigurationException: If a newer version wrote the checkpoint.
+            MisconfigurationException: If a newer version wrote the checkpoint, or it is damaged.
         """
-        if state_dict["version"] > _STATE_VERSION:
-            raise MisconfigurationException(
-                f"The checkpoint's layer-dropping state has format {state_dict['version']}; this version of lit-accel "
-                f"reads up to {_STATE_VERSION}. Update lit-accel."
-            )
-        if state_dict["rules"] != self._rules():
-            rank_zero_warn(
-                f"The checkpoint was trained with {state_dict['rules']}; this run has {self._rules()}, and follows "
-                "those."
-            )
+        require_readable(state_dict, self.state_dict(), "layer dropping")
+        self._loaded_rules = dict(state_dict["rules"])
         self._num_loaded_blocks = state_dict["num_blocks"]
         self._step = state_dict["step"]
         self._num_expected = state_dict["num_expected"]

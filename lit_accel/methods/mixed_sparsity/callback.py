@@ -28,10 +28,12 @@ from lit_accel.methods.mixed_sparsity.refusals import (
     check_optimizers,
     check_pattern,
     check_trainer,
+    warn_of_no_update,
 )
 from lit_accel.methods.mixed_sparsity.schedule import DEFAULT_STAGES
 from lit_accel.methods.mixed_sparsity.sparse_model import Execution
 from lit_accel.methods.mixed_sparsity.targets import Targets
+from lit_accel.methods.preparation import prepare_run
 from lit_accel.methods.requirements import (
     check_compilation,
     check_levels,
@@ -40,8 +42,11 @@ from lit_accel.methods.requirements import (
     require_training_mode,
 )
 from lit_accel.resizing import ensure_built, full_size
+from lit_accel.stored_state import require_readable
 
 _STATE_VERSION = 1
+# What the masks of a checkpoint are masks of.
+_FIXED = ("ffn_units", "attention_units", "head_units", "block_size")
 
 
 class MixedSparsityTraining(PlannedUnits):
@@ -180,6 +185,10 @@ class MixedSparsityTraining(PlannedUnits):
         """A number that stands for the masks: the same on all ranks, and in every repetition of a run."""
         return digest_of(self.masks)
 
+    def decision(self) -> object:
+        """Return what stands for the masks."""
+        return self.digest
+
     # Before training
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -192,7 +201,7 @@ class MixedSparsityTraining(PlannedUnits):
             self._clear()
         self.targets = None
         anatomy = anatomy_of(transformer)
-        coordinator_of(trainer).check()
+        prepare_run(trainer)
         check_trainer(trainer, pl_module, self)
         if self._ever_sparse:
             check_compilation(pl_module, transformer, anatomy, type(self).__name__)
@@ -216,6 +225,8 @@ class MixedSparsityTraining(PlannedUnits):
         self.targets = targets = self._targets_of(anatomy_of(transformer), int(num_steps))
         evaluates = bool(trainer.limit_val_batches) and is_overridden("validation_step", pl_module)
         check_graphs(transformer, targets, evaluates)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            warn_of_no_update(targets)
         last = targets.schedule.sparsity(max(int(num_steps) - 1, 0))
         if last > 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
@@ -250,7 +261,14 @@ class MixedSparsityTraining(PlannedUnits):
         transformer = find_transformer(pl_module)[1]
         if self.attention_pattern is not None and not self.evaluate_pattern:
             require_training_mode(transformer, self.targets.anatomy, type(self).__name__)
-        check_rules(trainer, self._rules(), self._loaded_rules, "mixed sparsity")
+        check_rules(
+            trainer,
+            self._rules(),
+            self._loaded_rules,
+            "mixed sparsity",
+            fixed=_FIXED if self._state is not None else (),
+            why="Its masks say of those units which are on.",
+        )
         self._loaded_rules = {}
         self._step = trainer.global_step
         self._follower = TransformerFollower(pl_module, self._follow)
@@ -396,13 +414,9 @@ class MixedSparsityTraining(PlannedUnits):
         """Take up the masks, and the rules for comparison.
 
         Raises:
-            MisconfigurationException: If a newer version wrote the checkpoint.
+            MisconfigurationException: If a newer version wrote the checkpoint, or it is damaged.
         """
-        if state_dict["version"] > _STATE_VERSION:
-            raise MisconfigurationException(
-                f"The checkpoint's mixed-sparsity state has format {state_dict['version']}; this version of lit-accel "
-                f"reads up to {_STATE_VERSION}. Update lit-accel."
-            )
+        require_readable(state_dict, self.state_dict(), "mixed sparsity")
         self._loaded_rules = dict(state_dict["rules"])
         self._state = state_dict["units"]
 

@@ -73,6 +73,22 @@ class PlannedUnits(Method):
             step > 1 and counts(step - 1) != counts(step - 2) and by_gradient(step - 1)
         )
 
+    def transition(self, step: int) -> str | None:
+        """Return how the units that are on, or the pattern of attention, change in an optimizer step."""
+        assert self.targets is not None
+        name, schedule = type(self).__name__, self.targets.schedule
+        changes = []
+        if self._ever_sparse and schedule.is_event(step):
+            before, after = schedule.sparsity(step - 1) if step else 0.0, schedule.sparsity(step)
+            changes.append(
+                f"{name} has replaced units at a sparsity of {after:.4g}"
+                if before == after
+                else f"{name} has gone from a sparsity of {before:.4g} to one of {after:.4g}"
+            )
+        if step and (attends := self.targets.attends_by_pattern(step)) != self.targets.attends_by_pattern(step - 1):
+            changes.append(f"{name} has attention {'follow its pattern' if attends else 'dense again'}")
+        return "; ".join(changes) or None
+
     def plan_units(self, anatomy: Anatomy) -> Callable[[int], Active | None]:
         """Return what says, for an optimizer step, which units take part in it.
 

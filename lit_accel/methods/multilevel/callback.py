@@ -16,7 +16,9 @@ from lit_accel.anatomy import (
     anatomy_of,
     find_transformer,
 )
+from lit_accel.arguments import is_number, require_one_of, require_whole
 from lit_accel.methods.coordinator import coordinator_of
+from lit_accel.methods.multilevel.arguments import as_parts
 from lit_accel.methods.multilevel.learning_rate import LearningRateFactor
 from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, LevelMap, WidthGrouping, grown_size
 from lit_accel.methods.multilevel.micro_batches import MicroBatchMerger
@@ -26,7 +28,6 @@ from lit_accel.methods.multilevel.phases import (
     Level,
     Phase,
     ResolvedPhase,
-    as_part,
     lr_factor,
     phase_at,
     reduces_depth,
@@ -38,6 +39,8 @@ from lit_accel.methods.multilevel.planned import PlannedLevels
 from lit_accel.methods.multilevel.presets import PRESETS, PresetName, override_interpolation
 from lit_accel.methods.multilevel.refusals import check_end, check_merging, check_model, check_optimizers, check_trainer
 from lit_accel.methods.multilevel.stored import StoredLevels
+from lit_accel.methods.preparation import prepare_run
+from lit_accel.methods.requirements import check_rules
 from lit_accel.resizing import (
     OptimizerState,
     ResizableStrategy,
@@ -46,6 +49,7 @@ from lit_accel.resizing import (
     replace_transformer,
     set_full_size,
 )
+from lit_accel.stored_state import require_readable
 
 _STATE_VERSION = 1
 
@@ -110,19 +114,24 @@ class MultiLevelTraining(PlannedLevels):
         start_level: int = 0,
         fresh_std: float | None = None,
     ) -> None:
+        require_one_of("preset", preset, get_args(PresetName))
+        require_one_of("width_grouping", width_grouping, get_args(WidthGrouping))
+        require_one_of("depth_grouping", depth_grouping, get_args(DepthGrouping))
         for argument, value, allowed in (
-            ("preset", preset, PresetName),
             ("depth_mode", depth_mode, DepthMode),
-            ("width_grouping", width_grouping, WidthGrouping),
-            ("depth_grouping", depth_grouping, DepthGrouping),
             ("optimizer_state", optimizer_state, OptimizerStatePolicy),
             ("learning_rate", learning_rate, LearningRatePolicy),
         ):
-            if value is not None and value not in get_args(allowed):
-                raise ValueError(f"{argument} is {value!r}; allowed are {', '.join(map(repr, get_args(allowed)))}.")
+            require_one_of(argument, value, (None, *get_args(allowed)))
+        for argument, number in (("alpha", alpha), ("coarse", coarse), ("fine", fine), ("fresh_std", fresh_std)):
+            if number is not None and not is_number(number):
+                raise ValueError(f"{argument} is {number!r}; it is a number, or None for that of the preset.")
+        require_whole("start_level", start_level)
+        if num_rewarm_steps is not None:
+            require_whole("num_rewarm_steps", num_rewarm_steps, 1, of="optimizer steps")
         chosen = PRESETS[preset]
         # Mappings, as YAML writes them, will do in Python too.
-        self.levels = [Level()] if levels is None else [as_part(Level, level) for level in levels]
+        self.levels = [Level()] if levels is None else as_parts("levels", Level, levels)
         if not self.levels:
             raise ValueError("levels is empty; give at least one smaller level.")
         if flat := [level for level in self.levels if level.width == 1 and not reduces_depth(level)]:
@@ -137,7 +146,7 @@ class MultiLevelTraining(PlannedLevels):
         self.start_level = start_level
         if phases is None and start_level:
             phases = [Phase(0)]
-        self.phases = v_cycle(len(self.levels)) if phases is None else [as_part(Phase, phase) for phase in phases]
+        self.phases = v_cycle(len(self.levels)) if phases is None else as_parts("phases", Phase, phases)
         self.interpolation = override_interpolation(chosen.interpolation, alpha, coarse, fine)
         if start_level and self.interpolation.coarse < 1:
             raise ValueError(
@@ -150,17 +159,15 @@ class MultiLevelTraining(PlannedLevels):
         self.depth_grouping = depth_grouping
         self.optimizer_state = optimizer_state or chosen.optimizer_state
         self.learning_rate = learning_rate or chosen.learning_rate
-        if num_rewarm_steps is not None:
-            if num_rewarm_steps < 1:
-                raise ValueError(f"num_rewarm_steps is {num_rewarm_steps}; it must be at least 1.")
-            if self.learning_rate != "rewarm":
-                rank_zero_warn(f'num_rewarm_steps is ignored: it is for "rewarm", learning_rate is {learning_rate!r}.')
+        if num_rewarm_steps is not None and self.learning_rate != "rewarm":
+            rank_zero_warn(f'num_rewarm_steps is ignored: it is for "rewarm", learning_rate is {learning_rate!r}.')
         self.num_rewarm_steps = num_rewarm_steps or 100
 
         self.schedule: tuple[ResolvedPhase, ...] = ()
         self.maps: list[LevelMap] = []
         self._path = ""
         self._level = 0
+        self._loaded_rules: dict[str, Any] = {}
         self._start_size: Size | None = None
         self._stored = StoredLevels(self.interpolation, self.optimizer_state, 0.02 if fresh_std is None else fresh_std)
         self._merger: MicroBatchMerger | None = None
@@ -176,8 +183,9 @@ class MultiLevelTraining(PlannedLevels):
         if trainer.global_step == 0:
             # What an earlier run of this callback has left; a checkpoint is loaded after this.
             self._stored.clear()
+            self._loaded_rules = {}
         self.schedule = ()
-        coordinator_of(trainer).check()
+        prepare_run(trainer)
         check_trainer(trainer, pl_module, changes_lr=self._changes_lr)
         check_merging(trainer, pl_module, [level.merge_batches for level in self.levels])
         transformer = find_transformer(pl_module)[1]
@@ -227,6 +235,15 @@ class MultiLevelTraining(PlannedLevels):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the level that a checkpoint was written at, and the learning rate of the first step."""
+        maps, loaded, self._loaded_rules = self._map_settings(), self._loaded_rules, {}
+        check_rules(
+            trainer,
+            {**maps, **self._rules(), "phases": self._phases()},
+            loaded,
+            "multi-level training",
+            fixed=maps if self._stored.levels else (),
+            why="The small model could not grow back into the weights that are stored with it.",
+        )
         self._level = self._present_level(pl_module)
         missing = [level for level in range(self.start_level, self._level) if level not in self._stored]
         if missing:
@@ -313,6 +330,10 @@ class MultiLevelTraining(PlannedLevels):
 
     # Transitions
 
+    def decision(self) -> object:
+        """Return the level."""
+        return self._level
+
     def _change_level(self, trainer: L.Trainer, pl_module: L.LightningModule, level: int) -> None:
         strategy = trainer.strategy
         assert isinstance(strategy, ResizableStrategy)
@@ -373,9 +394,12 @@ class MultiLevelTraining(PlannedLevels):
             "version": _STATE_VERSION,
             "maps": self._map_settings(),
             "rules": self._rules(),
-            "schedule": [[phase.level, phase.start, phase.end] for phase in self.schedule],
+            "schedule": self._phases(),
             **self._stored.state_dict(),
         }
+
+    def _phases(self) -> list[list[int]]:
+        return [[phase.level, phase.start, phase.end] for phase in self.schedule]
 
     def _rules(self) -> dict[str, Any]:
         return {
@@ -394,32 +418,11 @@ class MultiLevelTraining(PlannedLevels):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up stored weights; warn if phases or rules have changed since.
+        """Take up stored weights, and the rules for comparison.
 
         Raises:
-            MisconfigurationException: If the levels are merged in another way than the stored weights were, or a newer
-                version wrote the checkpoint.
+            MisconfigurationException: If a newer version wrote the checkpoint, or it is damaged.
         """
-        if state_dict["version"] > _STATE_VERSION:
-            raise MisconfigurationException(
-                f"The checkpoint's multi-level state has format {state_dict['version']}; this version of "
-                f"lit-accel reads up to {_STATE_VERSION}. Update lit-accel."
-            )
-        if state_dict["stored"] and state_dict["maps"] != self._map_settings():
-            raise MisconfigurationException(
-                f"The checkpoint's small model was coalesced with {state_dict['maps']}; this run has "
-                f"{self._map_settings()} and could not grow it back. Resume with the same settings."
-            )
-        if state_dict["rules"] != self._rules():
-            rank_zero_warn(
-                f"The checkpoint was trained with {state_dict['rules']}; this run has {self._rules()}, "
-                "and follows those."
-            )
+        require_readable(state_dict, self.state_dict(), "multi-level training")
         self._stored.load_state_dict(state_dict)
-        saved = [tuple(phase) for phase in state_dict["schedule"]]
-        present = [(phase.level, phase.start, phase.end) for phase in self.schedule]
-        if present and saved != present:
-            rank_zero_warn(
-                f"The checkpoint was trained with the phases (level, first step, end) {saved}; this run has {present}, "
-                "and follows those."
-            )
+        self._loaded_rules = {**state_dict["maps"], **state_dict["rules"], "phases": state_dict["schedule"]}

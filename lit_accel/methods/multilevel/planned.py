@@ -46,6 +46,18 @@ class PlannedLevels(Method):
         """Whether the model changes its size before this optimizer step."""
         return step in self.resize_steps
 
+    def transition(self, step: int) -> str | None:
+        """Return between which levels the model changes before an optimizer step."""
+        if step not in self.resize_steps:
+            return None
+        before = self.level_at(step - 1) if step else self.start_level
+        after = self.level_at(step)
+        sizes = [self.maps[0].large, *(level.small for level in self.maps)]
+        return (
+            f"{type(self).__name__} has changed the model from level {before} to level {after}, from "
+            f"{sizes[before].num_parameters:,} to {sizes[after].num_parameters:,} parameters"
+        )
+
     def level_at(self, step: int) -> int:
         """Return the level at an optimizer step."""
         return self.schedule[phase_at(self.schedule, step)].level

@@ -38,6 +38,11 @@ class StoredLevels:
         self._weights: dict[int, dict[str, Tensor]] = {}
         self._moments: dict[int, NamedOptimizerState] = {}
 
+    @property
+    def levels(self) -> set[int]:
+        """The levels that are stored."""
+        return set(self._weights)
+
     def __contains__(self, level: int) -> bool:
         return level in self._weights
 

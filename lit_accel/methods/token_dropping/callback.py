@@ -19,9 +19,10 @@ from lit_accel.anatomy import (
     find_transformer,
     uses_activation_checkpointing,
 )
+from lit_accel.arguments import require_whole
 from lit_accel.compute.observer import TransformerObserver
 from lit_accel.compute.phases import sum_over_ranks
-from lit_accel.methods.coordinator import coordinator_of
+from lit_accel.methods.preparation import prepare_run
 from lit_accel.methods.requirements import (
     check_compilation,
     check_levels,
@@ -49,6 +50,7 @@ from lit_accel.methods.token_dropping.schedule import Compat, TokenSchedule
 from lit_accel.resizing import ensure_built, full_size
 from lit_accel.routing import routing_of
 from lit_accel.schedules import num_steps_of
+from lit_accel.stored_state import require_readable
 
 _STATE_VERSION = 1
 _LEAST_SAVING = 0.03
@@ -120,6 +122,7 @@ class RandomLTD(PlannedTokens):
         self.num_tokens = num_tokens
         self.compat: Compat | None = compat
         self.seed = seed
+        require_whole("seed", seed)
         self._schedule_of(1)  # raises where a value is not allowed
         self.schedule: TokenSchedule | None = None
         """How many tokens are kept; known once the length of the run is."""
@@ -171,8 +174,7 @@ class RandomLTD(PlannedTokens):
         self._num_prefix = 0
         self._progress: list[float] | None = None
         self._has_predicted = self._has_warned = False
-        self._coordinator = coordinator_of(trainer)
-        self._coordinator.check()
+        self._coordinator = prepare_run(trainer)
         self._full = anatomy.at(full_size(pl_module))
         self._take(anatomy)
         if self.drops:
@@ -319,6 +321,10 @@ class RandomLTD(PlannedTokens):
 
     # During training
 
+    def decision(self) -> object:
+        """Return where the schedule of kept tokens is, and the blocks that follow it."""
+        return None if self._position is None else (self._position[0], self.blocks)
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -429,13 +435,9 @@ class RandomLTD(PlannedTokens):
         """Take up the counts, and the rules for comparison.
 
         Raises:
-            MisconfigurationException: If a newer version wrote the checkpoint.
+            MisconfigurationException: If a newer version wrote the checkpoint, or it is damaged.
         """
-        if state_dict["version"] > _STATE_VERSION:
-            raise MisconfigurationException(
-                f"The checkpoint's token-dropping state has format {state_dict['version']}; this version of lit-accel "
-                f"reads up to {_STATE_VERSION}. Update lit-accel."
-            )
+        require_readable(state_dict, self.state_dict(), "token dropping")
         self._loaded_rules = dict(state_dict["rules"])
         self._books.total = TokenCount(**state_dict["total"])
         self._books.logged = TokenCount(**state_dict["logged"])

@@ -1,0 +1,201 @@
+"""Watches a run whose model is changed: its numbers stay finite, and its ranks decide alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lit_accel.methods.coordinator import coordinator_of
+from lit_accel.methods.requirements import digest_of, require_equal_on_ranks
+from lit_accel.resizing import rebuild_recorded_size
+
+CHECKPOINT_NAME = "before_transition.ckpt"
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient that is not finite, right after the model was changed."""
+
+
+class TrainingGuard(L.Callback):
+    """Stops a run whose loss or gradients are no longer finite right after a method has changed the model.
+
+    A *transition* is what methods themselves call one: a change of size, other units switched on, the first step in
+    which blocks or tokens may be dropped. In the steps after it, losses and gradients are looked at before the
+    optimizer applies them; where one is not finite on any rank, all ranks stop with a :class:`NonFiniteError` that says
+    what the transition was. The weights are those before the step.
+
+    With several processes, they also compare from time to time what their methods have decided, so that ranks that have
+    come apart stop with an error and do not wait for each other.
+
+    A run with a method has one by itself, with the defaults. Under fp16 with a gradient scaler gradients are left to
+    the scaler, which skips steps that overflow.
+
+    Args:
+        num_steps: Optimizer steps after a transition in which losses and gradients are looked at; 0 for none.
+        roll_back: Whether to write a checkpoint before each transition, in the place of the one before, and to put its
+            weights back into the module when the run is stopped. Resume from it with other settings.
+        folder: Where that checkpoint goes, ``before_transition.ckpt``. Default: the logger's folder, or
+            ``Trainer.default_root_dir``.
+        check_ranks_every: With several processes, after how many optimizer steps they compare what was decided.
+
+    Raises:
+        ValueError: If an argument is none of the allowed values.
+
+    Example::
+
+        Trainer(strategy="resizable", callbacks=[MultiLevelTraining(), TrainingGuard(roll_back=True)])
+    """
+
+    def __init__(
+        self, num_steps: int = 10, roll_back: bool = False, folder: str | None = None, check_ranks_every: int = 100
+    ) -> None:
+        for name, value, least in (("num_steps", num_steps, 0), ("check_ranks_every", check_ranks_every, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; it is a number of optimizer steps, at least {least}.")
+        if folder is not None and not roll_back:
+            rank_zero_warn("folder is ignored: it is for the checkpoints of roll_back, which is False.")
+        self.num_steps = num_steps
+        self.roll_back = roll_back
+        self.folder = folder
+        self.check_ranks_every = check_ranks_every
+        self._clear()
+
+    def _clear(self) -> None:
+        self._step = -1
+        self._transition: tuple[int, str] | None = None
+        self._losses: list[Tensor] = []
+        self._last_loss: Tensor | None = None
+        self._loss_before: Tensor | None = None
+        self._saved: Path | None = None
+
+    @property
+    def _is_watching(self) -> bool:
+        return self._transition is not None and self._step < self._transition[0] + self.num_steps
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say so where a run goes on from the middle of an optimizer step: what was accumulated is not in the file."""
+        self._clear()
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        partial = done % trainer.accumulate_grad_batches
+        if partial and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            rank_zero_warn(
+                f"The checkpoint was written in the middle of optimizer step {trainer.global_step}: the gradients of "
+                f"{partial} of its {trainer.accumulate_grad_batches} micro-batches are lost, and this step will not be "
+                "what it would have been. Write checkpoints every n steps (every_n_train_steps) to resume exactly."
+            )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Take note of a transition; compare ranks."""
+        step = trainer.global_step
+        if step == self._step:
+            return
+        self._step, self._losses = step, []
+        coordinator = coordinator_of(trainer)
+        if changes := coordinator.transitions(step):
+            self._transition = step, "; ".join(changes)
+            self._loss_before = self._last_loss
+        if step % self.check_ranks_every == 0:
+            decisions = (step, [(method.title, method.decision()) for method in coordinator.methods])
+            require_equal_on_ranks(trainer, digest_of(decisions), "what their methods have decided")
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Remember the losses of this step."""
+        self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Look at losses and gradients in the steps after a transition.
+
+        Raises:
+            NonFiniteError: If one is not finite, on all ranks.
+        """
+        if not self._is_watching:
+            return
+        losses = [loss for loss in self._losses if not loss.isfinite().all()]
+        gradients = [] if _is_scaled(trainer) else _non_finite(pl_module)
+        # All ranks ask, each step of these: what is found on one of them stops all.
+        if trainer.strategy.reduce_boolean_decision(not losses and not gradients, all=True):
+            return
+        raise NonFiniteError(self._report(trainer, losses, gradients))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write a checkpoint where the next step begins with a transition."""
+        step = trainer.global_step
+        if step == self._step:
+            return
+        if self._losses:
+            self._last_loss = self._losses[-1]
+        if self.roll_back and coordinator_of(trainer).transitions(step):
+            folder = self.folder or trainer.log_dir or trainer.default_root_dir
+            path = Path(trainer.strategy.broadcast(folder)) / CHECKPOINT_NAME
+            trainer.save_checkpoint(path)
+            self._saved = path
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Put the weights before the transition back; other callbacks have left the model as it was."""
+        if not isinstance(exception, NonFiniteError) or self._saved is None:
+            return
+        if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+            return
+        checkpoint = torch.load(self._saved, map_location="cpu", weights_only=True)
+        device = pl_module.device
+        rebuild_recorded_size(pl_module, checkpoint)
+        pl_module.load_state_dict(checkpoint["state_dict"])
+        pl_module.to(device)
+        rank_zero_info(f"The module has the weights of step {checkpoint['global_step']} again.")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Hold no tensor of the run."""
+        self._clear()
+
+    def _report(self, trainer: L.Trainer, losses: list[Tensor], gradients: list[str]) -> str:
+        assert self._transition is not None
+        start, what = self._transition
+        found = []
+        if losses:
+            found.append(f"the loss is {losses[0].flatten()[0].item()}")
+        if gradients:
+            more = f" and {len(gradients) - 3} more" if len(gradients) > 3 else ""
+            found.append(f"gradients are not finite, of {', '.join(gradients[:3])}{more}")
+        if not found:
+            found.append("another rank has a loss or gradients that are not finite")
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates = ", ".join(f"{rate:.3g}" for rate in sorted({float(group["lr"]) for group in groups}))
+        before = ""
+        if self._loss_before is not None:
+            before = f" Right before the transition the loss was {self._loss_before.item():.4g}"
+            is_new = bool(self._loss_before.isfinite())
+            before += "." if is_new else ": it is not what has caused this; look for the cause in earlier steps."
+        saved = ""
+        if self._saved is not None:
+            saved = f" Resume from {self._saved}, which was written before the transition, with other settings."
+        elif not self.roll_back:
+            saved = " TrainingGuard(roll_back=True) writes a checkpoint before each transition."
+        return (
+            f"Step {self._step}: {' and '.join(found)}, after a transition at step {start}: {what}. The learning rate "
+            f"is {rates}.{before} The optimizer has not applied this step.{saved}"
+        )
+
+
+def _is_scaled(trainer: L.Trainer) -> bool:
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def _non_finite(module: torch.nn.Module) -> list[str]:
+    """Return the names of parameters whose gradients are not finite; where all are, with one wait for the device."""
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    local = {name: grad.to_local() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
+    # The norm of what is finite may overflow: only then each is looked at.
+    if torch.nn.utils.get_total_norm(list(local.values())).isfinite():
+        return []
+    return [name for name, grad in local.items() if not grad.isfinite().all()]

@@ -1,0 +1,40 @@
+"""What every run with a method gets: one coordinator, a guard, and checkpoints that a killed write cannot destroy."""
+
+from __future__ import annotations
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from lit_accel.checkpoints import write_atomically
+from lit_accel.methods.coordinator import Coordinator, coordinator_of
+from lit_accel.methods.guard import TrainingGuard
+
+
+def prepare_run(trainer: L.Trainer) -> Coordinator:
+    """Check that the methods of a Trainer go together, and add what watches over them; the same again does no more.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        Its coordinator.
+
+    Raises:
+        MisconfigurationException: If two methods do not go together, or one not with the strategy.
+    """
+    coordinator = coordinator_of(trainer)
+    coordinator.check()
+    write_atomically(trainer)
+    if coordinator.methods:
+        _add_guard(trainer)
+    return coordinator
+
+
+def _add_guard(trainer: L.Trainer) -> None:
+    """Have a guard after all methods, whose decisions it compares, and before what saves the model."""
+    callbacks: list[L.Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    guards = [callback for callback in callbacks if isinstance(callback, TrainingGuard)] or [TrainingGuard()]
+    others = [callback for callback in callbacks if callback not in guards]
+    saving = [callback for callback in others if isinstance(callback, Checkpoint)]
+    acting = [callback for callback in others if callback not in saving]
+    trainer.callbacks = [*acting, *guards, *saving]  # type: ignore[attr-defined]

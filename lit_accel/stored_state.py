@@ -1,0 +1,71 @@
+"""What a checkpoint says of a run that goes on: whether it can be read, and what has changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+
+def require_readable(stored: Any, present: Mapping[str, Any], what: str) -> None:
+    """Check the outline of a state from a checkpoint, before any of it is taken up.
+
+    Args:
+        stored: The state from the checkpoint.
+        present: The same as this version writes it; its ``"version"`` is the newest that can be read.
+        what: Whose state it is, for messages.
+
+    Raises:
+        MisconfigurationException: If a newer version wrote it, or it has lost parts.
+    """
+    version = stored.get("version") if isinstance(stored, Mapping) else None
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise MisconfigurationException(
+            f"The state of {what} in the checkpoint is damaged: it has no version. Resume from another checkpoint."
+        )
+    if version > present["version"]:
+        raise MisconfigurationException(
+            f"The state of {what} in the checkpoint has format {version}; this version of lit-accel reads up to "
+            f"{present['version']}. Update lit-accel."
+        )
+    lost = [
+        name
+        for name, value in present.items()
+        if name not in stored or (isinstance(value, (dict, list)) and type(stored[name]) is not type(value))
+    ]
+    if lost:
+        reason = "is damaged" if version == present["version"] else f"has format {version}, which lacks what is needed"
+        raise MisconfigurationException(
+            f"The state of {what} in the checkpoint {reason}: {', '.join(map(repr, lost))} should be there and "
+            "cannot be read. Resume from another checkpoint."
+        )
+
+
+def compare_rules(
+    rules: Mapping[str, Any], stored: Mapping[str, Any], what: str, *, fixed: Collection[str] = (), why: str = ""
+) -> None:
+    """Say which rules have changed since a checkpoint was written, and refuse those that cannot.
+
+    Args:
+        rules: The rules of this run.
+        stored: Those of the checkpoint; empty if there is none.
+        what: Of what they are, for messages.
+        fixed: Names of those that what the checkpoint holds depends on.
+        why: What would be wrong with others.
+
+    Raises:
+        MisconfigurationException: If one of those has changed.
+    """
+    changed = [name for name, value in stored.items() if name in rules and value != rules[name]]
+    was = {name: f"{name} {stored[name]} (now {rules[name]})" for name in changed}
+    if wrong := [was[name] for name in changed if name in fixed]:
+        raise MisconfigurationException(
+            f"The checkpoint was trained with other rules of {what}: {', '.join(wrong)}. {why} Resume with what it was "
+            "trained with."
+        )
+    if changed:
+        rank_zero_warn(
+            f"The checkpoint was trained with other rules of {what}: {', '.join(was.values())}. Those of now hold."
+        )

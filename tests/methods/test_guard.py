@@ -1,0 +1,239 @@
+"""What watches over a run with methods: numbers after a transition, the way back, ranks, interrupted accumulation."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_accel import (
+    Composition,
+    ComputeLedger,
+    MixedSparsityTraining,
+    MultiLevelTraining,
+    NonFiniteError,
+    Phase,
+    ProgressiveLayerDropping,
+    RandomLTD,
+    TrainingGuard,
+)
+from tests.training import TinyModule, loader, make_trainer
+
+STEPS, DOWN, UP = 20, 4, 12
+PHASES = [Phase(0, DOWN), Phase(1, UP - DOWN), Phase(0)]
+# Transitions are where epochs end, from which a plain data loader goes on exactly.
+DATA = partial(loader, num_samples=8 * DOWN)
+# Denser and sparser without an update in between.
+STAGES = [(0, 0.0), (4, 0.5), (12, 0.0)]
+
+
+class Spoiled(TinyModule):
+    """Its loss, or the gradient of one parameter, is not finite in one step."""
+
+    def __init__(self, step: int, value: float = math.nan, *, in_gradient: bool = False) -> None:
+        super().__init__()
+        self.step, self.value, self.in_gradient = step, value, in_gradient
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.trainer.global_step == self.step and not self.in_gradient:
+            return loss * self.value
+        return loss
+
+    def on_after_backward(self):
+        if self.trainer.global_step == self.step and self.in_gradient:
+            next(self.net.parameters()).grad[0, 0] = self.value
+
+
+def cycle() -> MultiLevelTraining:
+    return MultiLevelTraining(phases=PHASES)
+
+
+def fit(folder: Path, module: TinyModule, *callbacks: L.Callback, **options) -> L.Trainer:
+    trainer = make_trainer(folder, callbacks=callbacks, **{"max_steps": STEPS, **options})
+    trainer.fit(module, DATA())
+    return trainer
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("in_gradient", [False, True])
+@pytest.mark.parametrize("step", [DOWN, UP, UP + 9])
+def test_is_found_after_a_change_of_size(tmp_path, step, value, in_gradient):
+    module = Spoiled(step, value, in_gradient=in_gradient)
+    with pytest.raises(NonFiniteError) as caught:
+        fit(tmp_path, module, cycle(), max_steps=24)
+    message = str(caught.value)
+    start, levels = (DOWN, "level 0 to level 1") if step == DOWN else (UP, "level 1 to level 0")
+    assert f"Step {step}: " in message
+    assert f"after a transition at step {start}: MultiLevelTraining has changed the model from" in message
+    assert levels in message
+    assert f"{sum(p.numel() for p in module.net.parameters()):,} parameters" in message
+    assert "The learning rate is 0.01." in message
+    assert f"Right before the transition the loss was {module.losses[start - 1]:.4g}." in message
+    assert ("gradients are not finite, of net." in message) is (in_gradient or not math.isfinite(value))
+    # The step was not applied.
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("step", "num_steps"), [(UP + 3, 3), (DOWN, 0)])
+def test_is_left_alone_long_after(tmp_path, step, num_steps):
+    module = Spoiled(step)
+    fit(tmp_path, module, cycle(), TrainingGuard(num_steps=num_steps))
+    assert math.isnan(module.losses[-1])
+
+
+def test_does_not_blame_a_transition_for_what_was_there_before(tmp_path):
+    with pytest.raises(
+        NonFiniteError, match=f"Step {DOWN}: .* Right before the transition the loss was nan: it is not"
+    ):
+        fit(tmp_path, Spoiled(2), cycle())
+
+
+@pytest.mark.parametrize("step", [4, 6, 12])
+def test_is_found_where_units_are_switched(tmp_path, step):
+    method = MixedSparsityTraining(stages=STAGES, update_every=2, quantum=2)
+    with pytest.raises(NonFiniteError, match=f"at step {step}: MixedSparsityTraining has ") as caught:
+        fit(tmp_path, Spoiled(step), method, TrainingGuard(num_steps=1))
+    words = {4: "a sparsity of 0 to one of 0.5", 6: "replaced units at a sparsity of 0.5", 12: "of 0.5 to one of 0"}
+    assert words[step] in str(caught.value)
+
+
+def test_is_found_where_dropping_begins(tmp_path):
+    with pytest.raises(NonFiniteError, match="at step 5: blocks or tokens are dropped from here on"):
+        fit(tmp_path, Spoiled(6), ProgressiveLayerDropping(), Composition(dense_warmup=5))
+
+
+def test_accumulated_micro_batches_are_all_looked_at(tmp_path):
+    class First(Spoiled):
+        def training_step(self, batch, batch_idx):
+            loss = TinyModule.training_step(self, batch, batch_idx)
+            return loss * math.inf if self.trainer.global_step == self.step and batch_idx % 3 == 0 else loss
+
+    with pytest.raises(NonFiniteError, match="the loss is inf"):
+        fit(tmp_path, First(DOWN + 1), cycle(), accumulate_grad_batches=3, max_epochs=-1)
+
+
+@pytest.mark.parametrize("step", [DOWN + 2, UP + 2])
+def test_rolls_back(tmp_path, step):
+    """The module has the weights and the size from before the transition, and the run can go on from there."""
+    start = DOWN if step < UP else UP
+    kept = {}
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == start:
+                kept.update({key: value.clone() for key, value in pl_module.state_dict().items()})
+
+    module = Spoiled(step)
+    with pytest.raises(NonFiniteError) as caught:
+        fit(tmp_path, module, cycle(), Keep(), ComputeLedger(print_table=False), TrainingGuard(roll_back=True))
+    path = tmp_path / "before_transition.ckpt"
+    assert f"Resume from {path}, which was written before the transition" in str(caught.value)
+    assert torch.load(path, weights_only=True)["global_step"] == start
+    state = module.state_dict()
+    assert state.keys() == kept.keys()
+    assert all(torch.equal(state[key], value) for key, value in kept.items())
+
+    whole, resumed = TinyModule(), TinyModule()
+    fit(tmp_path, whole, cycle())
+    trainer = make_trainer(tmp_path, callbacks=[cycle()], max_steps=STEPS)
+    trainer.fit(resumed, DATA(), ckpt_path=path)
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        lambda: [cycle()],
+        lambda: [MixedSparsityTraining(stages=STAGES, update_every=2, quantum=2)],
+        lambda: [RandomLTD(start_tokens=4, quantum=1, growth=0.8), ProgressiveLayerDropping()],
+    ],
+    ids=["cycle", "sparsity", "dropping"],
+)
+def test_changes_nothing(tmp_path, methods):
+    """Neither the one that each run has, nor one that writes checkpoints, nor one that is left idle."""
+    results = []
+    for guard in ([], [TrainingGuard(roll_back=True)], [TrainingGuard(num_steps=0)]):
+        module = TinyModule()
+        fit(tmp_path, module, *guard, *methods())
+        results.append([parameter.detach().clone() for parameter in module.parameters()])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_each_run_has_one_after_its_methods_and_before_what_saves(tmp_path):
+    save = ModelCheckpoint(tmp_path)
+    method = cycle()
+    trainer = fit(tmp_path, TinyModule(), method, save, enable_checkpointing=True)
+    guards = [callback for callback in trainer.callbacks if isinstance(callback, TrainingGuard)]
+    assert len(guards) == 1
+    order = [trainer.callbacks.index(each) for each in (method, guards[0], save)]
+    assert order == sorted(order)
+    assert not any(isinstance(c, TrainingGuard) for c in fit(tmp_path, TinyModule(), ComputeLedger()).callbacks)
+
+
+def test_the_users_own_is_kept_in_its_place(tmp_path):
+    mine = TrainingGuard(num_steps=3)
+    method = cycle()
+    trainer = fit(tmp_path, TinyModule(), mine, method)
+    assert [callback for callback in trainer.callbacks if isinstance(callback, TrainingGuard)] == [mine]
+    assert trainer.callbacks.index(mine) > trainer.callbacks.index(method)
+
+
+def test_a_gradient_scaler_may_overflow(tmp_path):
+    """It skips such a step by itself; a loss that is not finite is another matter."""
+
+    class Scaled(L.Callback):
+        """As fp16 on a GPU has one."""
+
+        def on_train_start(self, trainer, pl_module):
+            trainer.precision_plugin.scaler = object()
+
+    fit(tmp_path, Spoiled(UP + 1, math.inf, in_gradient=True), cycle(), Scaled(), TrainingGuard(num_steps=2))
+    with pytest.raises(NonFiniteError, match="the loss is inf, after"):
+        fit(tmp_path, Spoiled(DOWN + 1, math.inf), cycle(), Scaled())
+
+
+def test_warns_where_accumulated_gradients_are_lost(tmp_path):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 2 and batch_idx % 3 == 1:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+            if trainer.global_step == 3 and batch_idx % 3 == 2:
+                trainer.save_checkpoint(tmp_path / "whole.ckpt")
+
+    options = {"accumulate_grad_batches": 3, "max_epochs": -1, "max_steps": 5}
+    fit(tmp_path, TinyModule(), ProgressiveLayerDropping(), Save(), **options)
+    for name, warns in (("middle", True), ("whole", False)):
+        trainer = make_trainer(tmp_path, callbacks=[ProgressiveLayerDropping()], **options)
+        with pytest.warns() as caught:
+            trainer.fit(TinyModule(), DATA(), ckpt_path=tmp_path / f"{name}.ckpt")
+        said = [str(each.message) for each in caught if "in the middle of optimizer step 2" in str(each.message)]
+        assert bool(said) is warns
+        if warns:
+            assert "gradients of 2 of its 3 micro-batches are lost" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": -1}, "num_steps is -1; it is a number of optimizer steps, at least 0"),
+        ({"num_steps": 1.5}, "num_steps is 1.5"),
+        ({"num_steps": True}, "num_steps is True"),
+        ({"check_ranks_every": 0}, "check_ranks_every is 0; it is a number of optimizer steps, at least 1"),
+    ],
+)
+def test_refuses_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingGuard(**arguments)
+
+
+def test_warns_of_a_folder_for_nothing():
+    with pytest.warns(UserWarning, match="folder is ignored"):
+        TrainingGuard(folder="somewhere")
