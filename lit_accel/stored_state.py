@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
 
 
 def require_readable(stored: Any, present: Mapping[str, Any], what: str) -> None:
@@ -68,4 +69,41 @@ def compare_rules(
     if changed:
         rank_zero_warn(
             f"The checkpoint was trained with other rules of {what}: {', '.join(was.values())}. Those of now hold."
+        )
+
+
+# What configure_optimizers chose and a checkpoint replaces; not the learning rate, which is one of the present step.
+_CHOSEN = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "nesterov", "amsgrad")
+
+
+def chosen_options(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
+    """Return what each group of each optimizer was configured with.
+
+    Args:
+        optimizers: The optimizers.
+    """
+    return [
+        {name: group[name] for name in _CHOSEN if name in group}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+
+
+def say_what_is_ignored(given: Sequence[Mapping[str, Any]], restored: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of options of this run's optimizers in whose place a checkpoint has put others: Lightning says nothing.
+
+    Args:
+        given: Of this run, as :func:`chosen_options` returns them.
+        restored: The same after the checkpoint's state was taken up.
+    """
+    changed = {
+        f"{name} {group[name]} (the checkpoint has {old[name]})": None
+        for group, old in zip(given, restored, strict=False)
+        for name in group
+        if name in old and old[name] != group[name]
+    }
+    if changed:
+        rank_zero_warn(
+            f"Settings of the optimizer are ignored, since a checkpoint brings its own: {', '.join(changed)}. To train "
+            "on with those of now, load the weights alone (load_from_checkpoint) and call fit without ckpt_path."
         )

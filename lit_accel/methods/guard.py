@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lit_accel.methods.coordinator import coordinator_of
 from lit_accel.methods.requirements import digest_of, require_equal_on_ranks
 from lit_accel.resizing import rebuild_recorded_size
+from lit_accel.stored_state import chosen_options, say_what_is_ignored
 
 CHECKPOINT_NAME = "before_transition.ckpt"
 
@@ -74,14 +75,20 @@ class TrainingGuard(L.Callback):
         self._last_loss: Tensor | None = None
         self._loss_before: Tensor | None = None
         self._saved: Path | None = None
+        self._options: list[dict[str, Any]] = []
 
     @property
     def _is_watching(self) -> bool:
         return self._transition is not None and self._step < self._transition[0] + self.num_steps
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say so where a run goes on from the middle of an optimizer step: what was accumulated is not in the file."""
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take note of how the optimizers were configured, before a checkpoint's state takes the place of that."""
         self._clear()
+        self._options = chosen_options(trainer.optimizers)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what a checkpoint has changed without a word, and what of an unfinished step is not in it."""
+        say_what_is_ignored(self._options, chosen_options(trainer.optimizers))
         done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
         partial = done % trainer.accumulate_grad_batches
         if partial and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
