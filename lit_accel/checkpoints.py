@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +16,13 @@ import fsspec.utils
 import lightning.pytorch as L
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 _PARTIAL, _PREVIOUS = ".partial", ".previous"
 _CHUNK = 2**24
+# Of Linux's renameat2: a path that begins at the working folder, and two that change places.
+_HERE, _EXCHANGE = -100, 2
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -104,12 +109,26 @@ def write_atomically(trainer: L.Trainer) -> None:
         strategy.checkpoint_io = AtomicCheckpointIO()
 
 
+def resume_after_saved_step(trainer: L.Trainer) -> None:
+    """Have no checkpoint written at the step that a run goes on from; call it when training starts.
+
+    Lightning does not remember that it has written that one: where gradients are accumulated, it would do so again
+    after the first micro-batch of the next step, without the gradients of that, in the place of the good one.
+
+    Args:
+        trainer: The Trainer.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback._last_global_step_saved = trainer.global_step
+
+
 @contextmanager
 def replaced_folder(path: Path, *, is_writer: bool, barrier: Callable[[], None]) -> Iterator[Path]:
     """Give a folder to write a checkpoint of many files to, which takes the place of the former one when it is whole.
 
-    A folder cannot be replaced in one step: the former one is put aside first, and :func:`whole_folder` finds it there
-    if the process dies in between. Every process must call it.
+    On Linux the two change places in one step. Elsewhere, and on file systems that cannot do that, the former one is
+    put aside first, and :func:`whole_folder` finds it there if the process dies in between. Every process must call it.
 
     Args:
         path: The place of the checkpoint.
@@ -131,14 +150,23 @@ def replaced_folder(path: Path, *, is_writer: bool, barrier: Callable[[], None])
             if file.is_file():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
-        if path.exists():
+        if not path.exists():
+            partial.rename(path)
+        elif not _exchange(partial, path):
             # One that was put aside when a process died is the former of the former by now.
             _remove(previous)
             path.rename(previous)
-        partial.rename(path)
+            partial.rename(path)
         _sync_folder(path.parent)
+        _remove(partial)
         _remove(previous)
     barrier()
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step, where the system and the file system can do that."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
 def whole_folder(path: Path) -> Path:

@@ -6,12 +6,14 @@ import errno
 import os
 import random
 import stat
+import sys
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -182,6 +184,27 @@ def test_other_runs_are_left_alone(tmp_path):
     assert step_of(tmp_path / "end.ckpt") == 1
 
 
+def test_the_step_that_a_run_goes_on_from_is_not_saved_again(tmp_path):
+    """Lightning would, after the first micro-batch of the next step: without its gradients, over the good one."""
+    steps = []
+
+    class Save(ModelCheckpoint):
+        def _save_last_checkpoint(self, trainer, monitor_candidates):
+            batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+            steps.append((trainer.global_step, batches / trainer.accumulate_grad_batches))
+            super()._save_last_checkpoint(trainer, monitor_candidates)
+
+    def fit(num_steps: int, resume: Path | None = None) -> None:
+        save = Save(tmp_path, save_last=True, every_n_train_steps=2, save_top_k=0)
+        options = {"max_steps": num_steps, "accumulate_grad_batches": 2, "enable_checkpointing": True}
+        trainer = make_trainer(tmp_path, callbacks=[save, ProgressiveLayerDropping()], strategy="auto", **options)
+        trainer.fit(TinyModule(), loader(), ckpt_path=resume)
+
+    fit(4)
+    fit(8, tmp_path / "last.ckpt")
+    assert steps == [(2, 2), (4, 4), (6, 6), (8, 8)]
+
+
 # Checkpoints that are folders, of sharded runs
 
 
@@ -211,8 +234,23 @@ def test_a_folder_that_is_cut_short_leaves_the_former(tmp_path, dies_at):
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere folders cannot change places in one step")
+def test_a_folder_is_replaced_in_one_step(tmp_path, monkeypatch):
+    """Never is the place empty: who looks for the last checkpoint does not know where else it could be."""
+    folder = tmp_path / "last.ckpt"
+    write(folder, "old")
+    renamed = []
+    monkeypatch.setattr(Path, "rename", lambda self, target: renamed.append(self))
+    write(folder, "new")
+    assert (folder / "part").read_text() == "new"
+    assert not renamed
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
 @pytest.mark.parametrize("num_renames", [0, 1])
 def test_a_folder_is_found_between_two_renames(tmp_path, monkeypatch, num_renames):
+    """Where two cannot change places."""
+    monkeypatch.setattr("lit_accel.checkpoints._exchange", lambda *paths: False)
     folder = tmp_path / "last.ckpt"
     write(folder, "old")
     rename, count = Path.rename, iter(range(3))

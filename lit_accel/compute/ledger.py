@@ -387,7 +387,7 @@ class ComputeLedger(Callback):
         rows: list[dict[str, str]] = []
         if trainer.global_step and previous is not None:
             source = self._table_path if self._table_path.is_file() else previous
-            rows = read_rows(source, trainer.global_step)
+            rows = read_rows(source, trainer.global_step, self._phases.total.tokens)
             if rows and self._is_last_words(rows[-1], trainer):
                 rows.pop()
         self._table = TableWriter(self._table_path, self.monitor, rows)

@@ -45,18 +45,21 @@ class TableWriter:
         self.last_step = row["step"]
 
 
-def read_rows(path: Path, up_to_step: int) -> list[dict[str, str]]:
-    """Return the rows of a ledger's file up to a step, or none if there is no such file.
+def read_rows(path: Path, up_to_step: int, up_to_tokens: int) -> list[dict[str, str]]:
+    """Return the rows of a ledger's file up to a point of its run, or none if there is no such file.
 
     Args:
         path: The file.
         up_to_step: The last step whose rows are wanted.
+        up_to_tokens: The number of tokens after which none is: an evaluation within an accumulated step has a row of
+            the step before, and comes again.
     """
     if not path.is_file():
         return []
     with path.open(newline="") as file:
         # A process that was killed while it wrote leaves half a row behind.
-        return [row for row in csv.DictReader(file) if row["seconds"] and int(row["step"]) <= up_to_step]
+        rows = [row for row in csv.DictReader(file) if row["seconds"]]
+    return [row for row in rows if int(row["step"]) <= up_to_step and int(row["tokens"]) <= up_to_tokens]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lit_accel.checkpoints import resume_after_saved_step
 from lit_accel.methods.coordinator import coordinator_of
 from lit_accel.methods.requirements import digest_of, require_equal_on_ranks
 from lit_accel.resizing import rebuild_recorded_size
@@ -88,6 +89,7 @@ class TrainingGuard(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say what a checkpoint has changed without a word, and what of an unfinished step is not in it."""
+        resume_after_saved_step(trainer)
         say_what_is_ignored(self._options, chosen_options(trainer.optimizers))
         done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
         partial = done % trainer.accumulate_grad_batches

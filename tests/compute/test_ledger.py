@@ -194,6 +194,26 @@ def test_rows_after_the_resumed_step_are_dropped(tmp_path, uninterrupted):
     assert [{**row, "val/loss": ""} for row in rows(tmp_path)] == [{**row, "val/loss": ""} for row in uninterrupted]
 
 
+def test_an_evaluation_within_an_accumulated_step_has_one_row(tmp_path):
+    """A run that died after it goes on from before it, and evaluates again."""
+    options = {"max_epochs": -1, "accumulate_grad_batches": 4, "val_check_interval": 3, "check_val_every_n_epoch": None}
+
+    class Dies(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            # After the evaluation of six batches, of which the sixth is the first of four of a step.
+            if trainer.fit_loop.epoch_loop.total_batch_idx == 6:
+                raise KeyboardInterrupt
+
+    saving = ModelCheckpoint(tmp_path / "stopped", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "stopped", max_steps=4, callbacks=[saving, Dies()], enable_checkpointing=True, **options)
+    assert [row["step"] for row in rows(tmp_path / "stopped")] == ["0", "2"]
+    fit(tmp_path / "stopped", max_steps=4, ckpt_path=tmp_path / "stopped" / "step=2.ckpt", **options)
+    fit(tmp_path / "whole", max_steps=4, **options)
+    whole, stopped = ([(row["step"], row["tokens"]) for row in rows(tmp_path / name)] for name in ("whole", "stopped"))
+    assert stopped == whole
+
+
 def test_a_row_that_only_the_end_of_a_run_wrote_is_dropped_when_it_goes_on(tmp_path):
     fit(tmp_path, max_epochs=-1, max_steps=4).save_checkpoint(tmp_path / "stopped.ckpt")
     assert [row["step"] for row in rows(tmp_path)] == ["3", "4"]
