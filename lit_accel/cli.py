@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as L
 import torch
@@ -17,11 +17,20 @@ from rich.console import Console
 
 # Imported for what it registers: the strategies that YAML knows by name.
 import lit_accel.strategies  # noqa: F401
-from lit_accel.anatomy import AnatomyError
+from lit_accel.command_errors import answers, is_raised_by
+from lit_accel.command_inputs import (
+    check_checkpoint,
+    check_config_file,
+    check_same_model,
+    check_trainer,
+    config_files,
+    require_end,
+)
+from lit_accel.command_messages import readable
 from lit_accel.compute import ComputeLedger
-from lit_accel.planning import Forecast, PlanError, plan
+from lit_accel.planning import Forecast, plan
 from lit_accel.planning.calibration import calibrate as calibrated
-from lit_accel.planning.picture import draw_forecast
+from lit_accel.planning.picture import check_picture, draw_forecast
 from lit_accel.planning.table import forecast_tables
 
 _SHOWING = (ProgressBar, DeviceStatsMonitor, LearningRateMonitor, ModelSummary)
@@ -53,6 +62,8 @@ class AccelTrainer(L.Trainer):
         Returns:
             What was printed.
         """
+        if picture is not None:
+            check_picture(picture)
         forecast = plan(self, model, datamodule, num_sequences=num_sequences, num_tokens=num_tokens)
         if calibrate:
             forecast = replace(forecast, seconds=calibrated(self, model, datamodule, forecast.plan))
@@ -71,6 +82,19 @@ def show(forecast: Forecast, picture: str | None) -> None:
     if picture is not None:
         draw_forecast(forecast, picture)
         print(f"Drawn in {picture}.")
+
+
+class CommandParser(LightningArgumentParser):
+    """Says what is wrong in one message, without the hundred arguments that there are."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the process with exit code 2; an inner parser raises."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        known = [option.lstrip("-") for option in parser._option_string_actions if not option.endswith(".help")]
+        command = parser.prog.replace(" [options]", "")
+        self.exit(2, f"lit-accel: {readable(message, known)} See `{command} --help`.\n")
 
 
 class LitAccelCLI(LightningCLI):
@@ -97,6 +121,7 @@ class LitAccelCLI(LightningCLI):
             # Naming no data module allows any, and also none: a module may bring its own loaders.
             datamodule_class=None,
             trainer_class=AccelTrainer,
+            parser_class=CommandParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -119,6 +144,31 @@ class LitAccelCLI(LightningCLI):
         """Link the vocabulary of the data, or its classes and the shape of its images, to the model."""
         for name in ("vocab_size", "num_classes", "in_chans", "image_size"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the arguments, after a look at the files that they name."""
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, list):
+            try:
+                for path in config_files(given):
+                    check_config_file(path)
+            except ValueError as error:
+                parser.exit(2, f"lit-accel: {error}\n")
+        super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        subcommand = self.config.get("subcommand")
+        config = self.config[subcommand] if subcommand else {}
+        checkpoint = check_checkpoint(config.get("ckpt_path"), is_resumed=subcommand == "fit")
+        if checkpoint is not None and config.get("model") is not None:
+            check_same_model(checkpoint, config["model"].as_dict())
+        super()._parse_ckpt_path()
+
+    def before_fit(self) -> None:
+        """Refuse a run that nobody has given a length."""
+        require_end(self._get(self.config_init, "trainer"))
+
+    before_plan = before_fit
 
     def before_instantiate_classes(self) -> None:
         """For a plan, have the model built without weights; the data is real."""
@@ -150,8 +200,19 @@ class LitAccelCLI(LightningCLI):
                 kwargs["strategy"] = "resizable"
         return super().instantiate_trainer(**kwargs)
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        check_trainer(config)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (ValueError, TypeError, RuntimeError) as error:
+            if is_raised_by(error, "lightning"):
+                raise MisconfigurationException(f"The Trainer refuses its settings: {error}") from error
+            raise
+
     def plan(self, model: LightningModule, datamodule: LightningDataModule | None = None, **options: Any) -> None:
         """Print what a run would cost and need; see :meth:`AccelTrainer.plan`."""
+        if options["picture"] is not None:
+            check_picture(options["picture"])
         config = self._get(self.config_init, "trainer")
         world_size = _world_size(config)
         forecast = plan(
@@ -213,7 +274,5 @@ def main(args: ArgsType = None) -> None:
         return
     # As `python -m` does: modules of one's own lie in the folder that one is in.
     sys.path.insert(0, "")
-    try:
+    with answers():
         LitAccelCLI()
-    except (MisconfigurationException, AnatomyError, PlanError) as error:
-        sys.exit(f"lit-accel: {error}")

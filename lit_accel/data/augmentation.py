@@ -1,12 +1,13 @@
 """timm's transforms of images, and the rule that a random one is a pure function of `(seed, epoch, image)`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from lit_accel.arguments import is_number, is_whole
 from lit_accel.data.image_sources import ImagePart
 from lit_accel.data.resuming import require
 from lit_accel.data.sampling import KeyedDataset
@@ -41,19 +42,23 @@ class ImageSettings:
     std: tuple[float, ...] | None
 
     def __post_init__(self) -> None:
-        require("image_size", self.image_size, self.image_size >= 1, "at least 1 pixel")
+        require("image_size", self.image_size, is_whole(self.image_size, 1), "a whole number, at least 1 pixel")
         require("in_chans", self.in_chans, self.in_chans in (1, 3), "1 (grey) or 3 (red, green and blue)")
         scale, ratio = self.crop_scale, self.crop_ratio
-        require("crop_scale", scale, 0 < scale[0] <= scale[1] <= 1, "two shares of the image, in (0, 1], ascending")
-        require("crop_ratio", ratio, 0 < ratio[0] <= ratio[1], "two positive ratios, ascending")
-        require("hflip", self.hflip, 0 <= self.hflip <= 1, "a probability")
-        require("color_jitter", self.color_jitter, self.color_jitter >= 0, "at least 0, which leaves colours alone")
-        require("re_prob", self.re_prob, 0 <= self.re_prob <= 1, "a probability")
-        require("crop_pct", self.crop_pct, 0 < self.crop_pct <= 1, "a share of the image's side, in (0, 1]")
+        two_shares, two_ratios = "two shares of the image, in (0, 1], ascending", "two positive ratios, ascending"
+        require("crop_scale", scale, _are_ascending(scale) and scale[1] <= 1, two_shares)
+        require("crop_ratio", ratio, _are_ascending(ratio), two_ratios)
+        require("hflip", self.hflip, _is_share(self.hflip), "a probability")
+        is_jitter = is_number(self.color_jitter) and self.color_jitter >= 0
+        require("color_jitter", self.color_jitter, is_jitter, "at least 0, which leaves colours alone")
+        require("re_prob", self.re_prob, _is_share(self.re_prob), "a probability")
+        is_part = _is_share(self.crop_pct) and self.crop_pct > 0
+        require("crop_pct", self.crop_pct, is_part, "a share of the image's side, in (0, 1]")
         require("interpolation", self.interpolation, self.interpolation in _INTERPOLATIONS, f"one of {_INTERPOLATIONS}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             wanted = f"None or {self.in_chans} numbers (in_chans)"
-            require(name, values, values is None or len(values) == self.in_chans, wanted)
+            is_one_each = isinstance(values, Sequence) and len(values) == self.in_chans and all(map(is_number, values))
+            require(name, values, values is None or is_one_each, wanted)
         require("std", self.std, self.std is None or min(self.std) > 0, "positive")
 
     def training(self) -> ImageTransform:
@@ -77,8 +82,9 @@ class ImageSettings:
                 re_mode="pixel",
             )
         except (AssertionError, ValueError, KeyError, IndexError) as error:
+            reason = f" ({error})" if str(error) else ""
             raise ValueError(
-                f"auto_augment={self.auto_augment!r} is no policy of timm ({error}); write for example"
+                f"auto_augment={self.auto_augment!r} is no policy of timm{reason}; write for example"
                 ' "rand-m9-mstd0.5-inc1" (RandAugment), "augmix-m5-w4-d2", "3a" or "original" (AutoAugment), or null'
             ) from error
 
@@ -96,6 +102,16 @@ class ImageSettings:
             "mean": self.mean or mean,
             "std": self.std or std,
         }
+
+
+def _is_share(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 1
+
+
+def _are_ascending(values: Any) -> bool:
+    """Whether these are two positive numbers, the smaller one first."""
+    is_pair = isinstance(values, Sequence) and len(values) == 2 and all(map(is_number, values))
+    return is_pair and 0 < values[0] <= values[1]
 
 
 class ImageSamples(KeyedDataset):

@@ -81,11 +81,30 @@ def corpus_folder(cache_dir: Path, source: TextSource, settings: CorpusSettings)
 
 
 def load_corpus(folder: Path) -> Corpus | None:
-    """Reads `corpus.json`; None if there is no such corpus."""
+    """Reads `corpus.json`; None if there is no such corpus.
+
+    Raises:
+        ValueError: If the corpus is damaged, or its cache is no folder.
+    """
     try:
-        return Corpus(**json.loads((folder / "corpus.json").read_text()))
+        corpus = Corpus(**json.loads((folder / "corpus.json").read_text()))
+        size = np.dtype(corpus.dtype).itemsize
+        is_whole = all(
+            (folder / f"{part}.bin").stat().st_size == num_tokens * size
+            for part, num_tokens in (("train", corpus.num_train_tokens), ("val", corpus.num_val_tokens))
+        )
     except FileNotFoundError:
-        return None
+        is_missing = not (folder / "corpus.json").exists()
+        if is_missing:
+            return None
+        is_whole = False
+    except NotADirectoryError as error:
+        raise ValueError(f"cache_dir is {folder.parent}, which is no folder; give another one") from error
+    except (ValueError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"the token files in {folder} are damaged; remove that folder, and they will be made again")
+    return corpus
 
 
 def build_corpus(folder: Path, source: TextSource, settings: CorpusSettings) -> None:
@@ -124,7 +143,7 @@ def _write_corpus(folder: Path, source: TextSource, settings: CorpusSettings) ->
 
     document_ends = _document_ends(read("Reading the text"))
     if len(document_ends) == 0:
-        raise ValueError("the source has no text in it")
+        raise ValueError("the source has no text in it; give files that are not empty")
     num_bytes = int(document_ends[-1])
     border = find_border(document_ends, settings.val_fraction)
 

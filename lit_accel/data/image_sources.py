@@ -149,9 +149,13 @@ class FolderImages:
         return len(self._names)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        with Image.open(self.root / os.fsdecode(bytes(self._names[index]))) as image:
-            image.load()
-            return image, int(self._labels[index])
+        path = self.root / os.fsdecode(bytes(self._names[index]))
+        try:
+            with Image.open(path) as image:
+                image.load()
+                return image, int(self._labels[index])
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{path} is no image that can be read ({error}); remove it, or save it again") from error
 
     def fingerprint(self) -> str:
         """From the names: looking at each of a million files takes minutes."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_accel.arguments import is_number
 from lit_accel.data.augmentation import ImageSamples, ImageSettings
 from lit_accel.data.image_sources import ImageParts, open_images
 from lit_accel.data.resuming import Part, ResumableDataModule, require
@@ -110,7 +111,7 @@ class ImageDataModule(ResumableDataModule):
         val_split: str | None = None,
     ) -> None:
         super().__init__(batch_size, val_batches, seed, num_workers)
-        require("val_fraction", val_fraction, 0 < val_fraction < 1, "between 0 and 1")
+        require("val_fraction", val_fraction, is_number(val_fraction) and 0 < val_fraction < 1, "between 0 and 1")
         self.image_size = image_size
         self.in_chans = in_chans
         settings = ImageSettings(

@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_accel.arguments import is_whole
 from lit_accel.data.sampling import KeyedDataset, ResumableDataLoader, ShuffledSampler, SpreadSampler
 
 Part = Literal["train", "val"]
@@ -34,9 +35,11 @@ class ResumableDataModule(L.LightningDataModule):
 
     def __init__(self, batch_size: int, val_batches: int | None, seed: int, num_workers: int) -> None:
         super().__init__()
-        require("batch_size", batch_size, batch_size >= 1, "at least 1")
-        require("val_batches", val_batches, val_batches is None or val_batches >= 1, "None or at least 1")
-        require("num_workers", num_workers, num_workers >= 0, "at least 0, which loads in the training process")
+        require("batch_size", batch_size, is_whole(batch_size, 1), "a whole number, at least 1")
+        require("val_batches", val_batches, val_batches is None or is_whole(val_batches, 1), "None or at least 1")
+        require("seed", seed, is_whole(seed), "a whole number")
+        at_least_0 = "at least 0, which loads in the training process"
+        require("num_workers", num_workers, is_whole(num_workers, 0), at_least_0)
         self.batch_size = batch_size
         self.val_batches = val_batches
         self.seed = seed

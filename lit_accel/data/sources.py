@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+_MOST_WRONG = 0.01  # share of characters that may be broken in a file of text
+_FEW_WRONG = 10  # so many may be in any file
 PIECE_CHARACTERS = 1 << 20  # a piece of a long document; bounds the memory that reading and encoding need
 
 KINDS = (
@@ -59,10 +61,26 @@ class FileSource:
             # newline="" keeps line ends as they are: the text must come back unchanged from its tokens.
             with path.open(encoding="utf-8", errors="replace", newline="") as file:
                 text = file.read(PIECE_CHARACTERS)
+                _require_text(path, text)
                 while text:
                     following = file.read(PIECE_CHARACTERS)
                     yield Piece(text, ends_document=not following)
                     text = following
+
+
+def _require_text(path: Path, text: str) -> None:
+    """Refuse a file of which so much is no UTF-8 that it must be something else.
+
+    Raises:
+        ValueError: If it is.
+    """
+    # Of text in 16 bits every second byte is zero.
+    num_wrong = text.count("\ufffd") + text.count("\0")
+    if num_wrong > max(_FEW_WRONG, _MOST_WRONG * len(text)):
+        raise ValueError(
+            f"{path} is no text in UTF-8: {num_wrong / len(text):.0%} of its characters are not; convert it, for "
+            "example with iconv -f LATIN1 -t UTF-8, or leave it out with file_pattern"
+        )
 
 
 class HuggingFaceSource:
@@ -129,7 +147,10 @@ def open_source(
         raise ValueError(f'source={source!r} was written by Dataset.save_to_disk; say so with source="hf:{source}"')
     paths = sorted(found for found in path.rglob(file_pattern) if found.is_file())
     if not paths:
-        raise ValueError(f"no file in source={source!r} matches file_pattern={file_pattern!r}")
+        raise ValueError(
+            f"no file in source={source!r} matches file_pattern={file_pattern!r}; set file_pattern to what its files"
+            ' are called, such as "*.md"'
+        )
     return FileSource(path, paths)
 
 
@@ -174,8 +195,18 @@ def open_dataset(name: str, config: str | None, split: str) -> Any:
                 f'source="hf:{name}" is a folder that Dataset.save_to_disk did not write;'
                 f" for a folder of files leave out the prefix: source={name!r}"
             )
-        return datasets.load_dataset(name, config, split=split)
-    dataset = datasets.load_from_disk(path)
+        try:
+            return datasets.load_dataset(name, config, split=split)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(
+                f'source="hf:{name}" with dataset_config={config!r} and split={split!r} could not be opened: {reason};'
+                " check its name on the hub, or give a folder written by Dataset.save_to_disk"
+            ) from error
+    try:
+        dataset = datasets.load_from_disk(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is a damaged dataset ({error}); save it again with Dataset.save_to_disk") from error
     if not isinstance(dataset, datasets.DatasetDict):
         return dataset
     if split not in dataset:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from lit_accel.arguments import is_number, is_whole
 from lit_accel.data.corpus import Corpus, CorpusSettings, build_corpus, corpus_folder, load_corpus
 from lit_accel.data.masking import mask_tokens
 from lit_accel.data.resuming import Part, ResumableDataModule, require
@@ -106,13 +107,14 @@ class TextDataModule(ResumableDataModule):
     ) -> None:
         super().__init__(batch_size, val_batches, seed, num_workers)
         require("objective", objective, objective in ("causal", "masked"), '"causal" or "masked"')
-        require("mask_probability", mask_probability, 0 < mask_probability < 1, "between 0 and 1")
-        require("val_fraction", val_fraction, 0 < val_fraction < 1, "between 0 and 1")
-        require("block_size", block_size, block_size >= 2, "at least 2, a token and the one that follows")
-        require("max_bytes", max_bytes, max_bytes is None or max_bytes >= 2, "None or at least 2")
+        for name, share in (("mask_probability", mask_probability), ("val_fraction", val_fraction)):
+            require(name, share, is_number(share) and 0 < share < 1, "a number between 0 and 1")
+        at_least_2 = "a whole number, at least 2, a token and the one that follows"
+        require("block_size", block_size, is_whole(block_size, 2), at_least_2)
+        require("max_bytes", max_bytes, max_bytes is None or is_whole(max_bytes, 2), "None or at least 2")
         if tokenizer == "bpe":
-            needed = f"at least {BYTES_VOCAB_SIZE}, the bytes and the special tokens"
-            require("vocab_size", vocab_size, vocab_size >= BYTES_VOCAB_SIZE, needed)
+            needed = f"a whole number, at least {BYTES_VOCAB_SIZE}, the bytes and the special tokens"
+            require("vocab_size", vocab_size, is_whole(vocab_size, BYTES_VOCAB_SIZE), needed)
         self.block_size = block_size
         self.objective = objective
         self.mask_probability = mask_probability

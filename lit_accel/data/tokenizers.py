@@ -75,7 +75,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if path.is_file() and (path.parent / "tokenizer_config.json").is_file():
         path = path.parent  # which also says what the special tokens are for
     if path.is_file():
-        backend = Tokenizer.from_file(str(path))
+        try:
+            backend = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no other kind
+            raise ValueError(
+                f"tokenizer={name!r} is no tokenizer.json that the tokenizers library can read ({error}); save one with"
+                " tokenizer.save_pretrained(folder), and give that folder"
+            ) from error
         known = {
             role: next((token for token in names if backend.token_to_id(token) is not None), None)
             for role, names in _USUAL_NAMES.items()

@@ -56,7 +56,7 @@ class Composition(L.Callback):
         if drop_levels is not None:
             is_list = isinstance(drop_levels, Iterable) and not isinstance(drop_levels, str)
             if not is_list or not all(is_whole(level, 0) for level in drop_levels):
-                raise ValueError(f"drop_levels is {drop_levels!r}; it is a list of levels, such as [0], the full model.")
+                raise ValueError(f"drop_levels is {drop_levels!r}; it is a list of levels, such as [0].")
             if not drop_levels:
                 raise ValueError("drop_levels is empty: nothing would ever be dropped. Leave the methods out instead.")
         require_one_of("schedules", schedules, ("run", "level"))

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lit_accel.anatomy import Anatomy, anatomy_of, build_resized, find_transformer, uses_activation_checkpointing
+from lit_accel.arguments import require_whole
 from lit_accel.compute.plan import PlannedPhase, RunPlan, Workload
 from lit_accel.methods.coordinator import coordinator_of, workload_of
 from lit_accel.planning.first_call import FirstCall, first_call
@@ -92,9 +93,13 @@ def plan(
         world_size: Processes of the run. Default: those of the trainer.
 
     Raises:
+        ValueError: If ``num_sequences`` or ``num_tokens`` cannot be.
         MisconfigurationException: If the run is refused, or its length is not known.
         PlanError: If it cannot be found out what the transformer is called with.
     """
+    for name, number in (("num_sequences", num_sequences), ("num_tokens", num_tokens)):
+        if number is not None:
+            require_whole(name, number, 1)
 
     def make() -> Forecast:
         return _forecast(trainer, module, num_sequences, num_tokens, world_size or trainer.world_size)
@@ -118,6 +123,12 @@ def _forecast(
         )
     transformer = find_transformer(module)[1]
     full = anatomy_of(transformer).at(full_size(module))
+    longest = full.size.axes.get("positions")
+    if num_tokens is not None and longest and num_tokens > longest:
+        raise MisconfigurationException(
+            f"num_tokens is {num_tokens}, and this {full.family} model has positions for {longest} tokens. Give fewer, "
+            "or plan a model with more positions."
+        )
     coordinator = coordinator_of(trainer)
     is_given = num_sequences is not None and num_tokens is not None
     call = None if is_given else first_call(trainer, module)

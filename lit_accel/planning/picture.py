@@ -10,6 +10,22 @@ from lit_accel.planning.forecast import Forecast
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _MOST_POINTS = 400
+_KINDS = (".png", ".pdf", ".svg", ".jpg")
+
+
+def check_picture(path: str | Path) -> None:
+    """Check that a picture can be written, before anything is computed for it.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If its kind is not known, or it is a folder.
+    """
+    if Path(path).suffix.lower() not in _KINDS:
+        raise ValueError(f"picture is {str(path)!r}; it is a file called {', '.join(_KINDS)}, or null for no picture.")
+    if Path(path).is_dir():
+        raise ValueError(f"picture is {str(path)!r}, which is a folder. Give a file in it, such as plan.png.")
 
 
 def draw_forecast(forecast: Forecast, path: str | Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
+from lit_accel.command_messages import readable
 from lit_accel.report.build import report
 from lit_accel.report.console import print_report
 from lit_accel.report.runs import ReportError
@@ -19,7 +20,7 @@ def command(args: list[str] | None = None) -> int:
         args: Arguments as on the command line, after ``report``; ``None`` takes those of the process.
 
     Returns:
-        The exit status: 0, or 2 after an error, which is one line on stderr.
+        The exit status: 0; after an error, which is one line on stderr, 1, and 2 if the arguments cannot be read.
     """
     parser = ArgumentParser(
         prog="lit-accel report",
@@ -45,8 +46,14 @@ def command(args: list[str] | None = None) -> int:
     try:
         given = parser.parse_args(args)
         made = report(given.runs, given.metric, given.dense, given.output)
-    except (ArgumentError, ReportError) as error:
-        print(f"lit-accel report: {' '.join(str(error).split())}", file=sys.stderr)
+    except ArgumentError as error:
+        known = [option.lstrip("-") for option in parser._option_string_actions]
+        is_empty = "required: runs" in str(error)
+        said = "No run was given: give at least one folder of a run." if is_empty else readable(str(error), known)
+        print(f"lit-accel report: {said} See `lit-accel report --help`.", file=sys.stderr)
         return 2
+    except ReportError as error:
+        print(f"lit-accel report: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     print_report(made, Console())
     return 0

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lit_accel.tasks.cross_entropy import cross_entropy_sum
+from lit_accel.tasks.data_fit import check_text, check_text_batch
 from lit_accel.tasks.hugging_face import build_transformer
 from lit_accel.tasks.metrics import SampleMean, TokenPerplexity
 from lit_accel.tasks.transformer_task import TransformerTask
@@ -68,6 +69,8 @@ class LanguageModeling(TransformerTask):
 
     #: The ``transformers`` auto class that puts the right head on a model.
     auto_class: ClassVar[Any]
+    #: What the data is to ask for, ``"causal"`` or ``"masked"``.
+    objective: ClassVar[str]
 
     def __init__(
         self,
@@ -87,6 +90,24 @@ class LanguageModeling(TransformerTask):
             self.auto_class, model, pretrained=pretrained, overrides=overrides, vocab_size=vocab_size
         )
         self._held_out = nn.ModuleDict({"val": _held_out_metrics(), "test": _held_out_metrics()})
+
+    def setup(self, stage: str) -> None:
+        """Refuse data that this model cannot learn from.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        check_text(type(self).__name__, self.model, data, self.objective)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Refuse a batch that is none of text.
+
+        Raises:
+            TypeError: If it is not.
+        """
+        check_text_batch(type(self).__name__, batch)
 
     @abstractmethod
     def targets(self, labels_bt: Tensor) -> Tensor:

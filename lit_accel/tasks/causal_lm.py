@@ -27,6 +27,7 @@ class CausalLM(LanguageModeling):
     """
 
     auto_class: ClassVar[Any] = AutoModelForCausalLM
+    objective: ClassVar[str] = "causal"
 
     def targets(self, labels_bt: Tensor) -> Tensor:
         """Return the token each position is to predict, -100 where there is none, shape (b, t)."""

@@ -1,16 +1,34 @@
 """Build a Hugging Face model from a name, and refuse what transformers would silently accept."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from lit_accel.arguments import require_whole
 
 # Published models pad their embeddings for speed (GPT-J 0.3 %, Phi-2 1.8 %), so a slightly smaller vocabulary
 # is the model's own. One that is smaller by more belongs to another tokenizer.
 _LARGEST_PADDING = 0.05
+# Sizes that a model must have, by the names that most configurations know beside their own.
+_COUNTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")
+# What transformers and torch raise where a configuration is none that a model can be built from.
+_UNBUILDABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    ZeroDivisionError,
+    RuntimeError,
+    OSError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 def build_transformer(
@@ -37,9 +55,13 @@ def build_transformer(
         The model.
 
     Raises:
-        ValueError: If ``model`` cannot be found, ``overrides`` names an unknown field, or ``vocab_size``
+        ValueError: If ``model`` cannot be found or built, ``overrides`` names an unknown field, or ``vocab_size``
             contradicts ``overrides`` or the vocabulary of the pretrained weights.
     """
+    if not isinstance(model, str) or not model:
+        raise ValueError(f"model is {model!r}; it is a model type such as 'gpt2', a folder, or a name on the hub.")
+    if vocab_size is not None:
+        require_whole("vocab_size", vocab_size, 1)
     fields = dict(overrides or {})
     if vocab_size is not None and fields.get("vocab_size", vocab_size) != vocab_size:
         raise ValueError(
@@ -48,6 +70,7 @@ def build_transformer(
         )
     is_type = not Path(model).is_dir() and model in CONFIG_MAPPING
     published = AutoConfig.for_model(model) if is_type else _published_config(model)
+    _check_head(auto_class, model, published)
     _check_fields(published, fields)
 
     has_weights = pretrained and not is_type
@@ -63,28 +86,68 @@ def build_transformer(
                 fields.setdefault(name, None)
 
     dtype = {} if "dtype" in fields else {"dtype": torch.get_default_dtype()}
-    if is_type:
-        transformer = auto_class.from_config(AutoConfig.for_model(model, **fields), **dtype)
-    else:
-        config = AutoConfig.from_pretrained(model, **fields)
-        if has_weights:
-            transformer = auto_class.from_pretrained(model, config=config, **dtype)
+    with _explained(model, overrides or {}):
+        if is_type:
+            transformer = auto_class.from_config(AutoConfig.for_model(model, **fields), **dtype)
         else:
-            transformer = auto_class.from_config(config, **dtype)
+            config = AutoConfig.from_pretrained(model, **fields)
+            if has_weights:
+                transformer = auto_class.from_pretrained(model, config=config, **dtype)
+            else:
+                transformer = auto_class.from_config(config, **dtype)
     # from_pretrained returns the model in evaluation mode, and Lightning leaves modes as it finds them.
     return transformer.train()
 
 
-def _published_config(model: str) -> PreTrainedConfig:
+@contextmanager
+def _explained(model: str, fields: Mapping[str, Any]) -> Iterator[None]:
+    """Say of which model it is that an error speaks, and what to change."""
     try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        yield
+    except _UNBUILDABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = f"there is no {reason}" if isinstance(error, KeyError) else reason
+        given = f" with overrides {dict(fields)}" if fields else ""
+        what = "Change overrides"
+        if "no file named" in reason.lower():
+            what = "To train from random weights set pretrained: false"
+        elif isinstance(error, SafetensorError):
+            what = "Its weights are damaged; fetch or save them again"
+        raise ValueError(f"model={model!r} cannot be built{given}: {reason.rstrip('.')}. {what}.") from error
+
+
+def _published_config(model: str) -> PreTrainedConfig:
+    path = Path(model).expanduser()
+    is_path = model.startswith((".", "/", "~")) or path.is_dir()
+    if is_path and not path.is_dir():
+        raise ValueError(
+            f"There is no folder {model}, given as model. Give a folder that save_pretrained wrote, a model type of "
+            "transformers such as gpt2, or a name on the hub."
+        )
+    try:
+        return AutoConfig.from_pretrained(str(path) if is_path else model)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        if is_path:
+            raise ValueError(
+                f"The folder {model}, given as model, has no configuration that transformers can read: {reason}. Give "
+                "a folder that save_pretrained wrote."
+            ) from error
         close = difflib.get_close_matches(model, CONFIG_MAPPING.keys())
         hint = f" Did you mean the model type {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(
             f"model={model!r} is no model type of transformers, no folder written by save_pretrained, and no "
-            f"model that could be fetched from the hub.{hint} The hub said: {error}"
+            f"model that could be fetched from the hub.{hint} The hub said: {reason}."
         ) from error
+
+
+def _check_head(auto_class: Any, model: str, config: PreTrainedConfig) -> None:
+    if type(config) not in auto_class._model_mapping and not getattr(config, "auto_map", None):
+        raise ValueError(
+            f"model={model!r} has no head for this task: transformers has no {auto_class.__name__} of a "
+            f"{type(config).__name__}. Choose a model of the kind that the task trains, such as gpt2 for the next "
+            "token and bert for masked ones."
+        )
 
 
 def _check_fields(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> None:
@@ -97,8 +160,12 @@ def _check_fields(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> Non
             close = difflib.get_close_matches(name, known, cutoff=0.5)
             hints.append(f"{name!r} (did you mean {' or '.join(map(repr, close))}?)" if close else repr(name))
         raise ValueError(
-            f"{type(config).__name__} has no field {', '.join(hints)}. Its fields: {', '.join(sorted(known))}."
+            f"overrides: {type(config).__name__} has no field {', '.join(hints)}. Its fields: "
+            f"{', '.join(sorted(known))}."
         )
+    counts = {*_COUNTS, *(config.attribute_map.get(count, count) for count in _COUNTS)}
+    for name in counts & set(overrides):
+        require_whole(f"{name} of overrides", overrides[name], 1)
 
 
 def _check_vocabulary(model: str, config: PreTrainedConfig, vocab_size: int | None) -> None:

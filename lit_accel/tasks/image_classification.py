@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
+from lit_accel.arguments import is_number, require_whole
 from lit_accel.global_draws import seeded_globals
+from lit_accel.tasks.data_fit import check_image_batch, check_images
 from lit_accel.tasks.metrics import SampleMean
 from lit_accel.tasks.timm_models import build_classifier, classifier_arguments
 from lit_accel.tasks.transformer_task import TransformerTask
@@ -90,6 +92,7 @@ class ImageClassification(TransformerTask):
         # Callables are no primitives: with them a checkpoint could not be read with weights_only=True.
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         _check(label_smoothing, mixup, cutmix, mixup_prob, mixup_switch_prob)
+        require_whole("seed", seed)
         self._model_args = classifier_arguments(
             model, model_kwargs, num_classes=num_classes, in_chans=in_chans, image_size=image_size
         )
@@ -110,6 +113,25 @@ class ImageClassification(TransformerTask):
             )
         self._seed = seed
         self._held_out = nn.ModuleDict({stage: _held_out_metrics(self.num_classes) for stage in ("val", "test")})
+
+    def setup(self, stage: str) -> None:
+        """Refuse data that this model cannot learn from.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        has_pairs = self._mixup is not None
+        check_images(type(self).__name__, self.model, data, num_classes=self.num_classes, has_pairs=has_pairs)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Refuse a batch that is none of images.
+
+        Raises:
+            TypeError: If it is not.
+        """
+        check_image_batch(type(self).__name__, batch)
 
     def forward(self, images_bchw: Tensor) -> Tensor:
         """Score every class.
@@ -207,11 +229,11 @@ def _held_out_metrics(num_classes: int) -> nn.ModuleDict:
 
 
 def _check(label_smoothing: float, mixup: float, cutmix: float, mixup_prob: float, mixup_switch_prob: float) -> None:
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), and is {label_smoothing}")
+    if not is_number(label_smoothing) or not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be a share, in [0, 1), and is {label_smoothing!r}")
     for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
-        if alpha < 0:
-            raise ValueError(f"{name} must be at least 0, which turns it off, and is {alpha}")
+        if not is_number(alpha) or alpha < 0:
+            raise ValueError(f"{name} must be at least 0, which turns it off, and is {alpha!r}")
     for name, probability in (("mixup_prob", mixup_prob), ("mixup_switch_prob", mixup_switch_prob)):
-        if not 0 <= probability <= 1:
-            raise ValueError(f"{name} must be a probability, in [0, 1], and is {probability}")
+        if not is_number(probability) or not 0 <= probability <= 1:
+            raise ValueError(f"{name} must be a probability, in [0, 1], and is {probability!r}")

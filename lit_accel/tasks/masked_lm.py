@@ -25,6 +25,7 @@ class MaskedLM(LanguageModeling):
     """
 
     auto_class: ClassVar[Any] = AutoModelForMaskedLM
+    objective: ClassVar[str] = "masked"
 
     def targets(self, labels_bt: Tensor) -> Tensor:
         """Return the token each position is to predict, -100 where there is none, shape (b, t)."""

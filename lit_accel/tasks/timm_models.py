@@ -1,6 +1,8 @@
 """Build a timm model from a name, and refuse what contradicts the data."""
 
 import difflib
+import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +55,12 @@ def classifier_arguments(
             raise ValueError(
                 f"model_kwargs says {name}={given}, but the data has {source}={value}. Leave it out of model_kwargs."
             )
+    side, patch = arguments.get("img_size"), arguments.get("patch_size")
+    if isinstance(side, int) and isinstance(patch, int) and patch > 0 and side % patch:
+        raise ValueError(
+            f"Patches of {patch} pixels (patch_size of model_kwargs) do not divide images of {side}: the last "
+            f"{side % patch} rows and columns would never be seen. Choose a divisor, or another image_size."
+        )
     return arguments
 
 
@@ -74,12 +82,28 @@ def build_classifier(model: str, arguments: Mapping[str, Any], *, pretrained: bo
 
     try:
         classifier = timm.create_model(model, pretrained=pretrained, **arguments)
-    except (TypeError, AssertionError, ValueError) as error:
+    except (TypeError, AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(
-            f"timm cannot build {model!r} from model_kwargs and the shape of the data, {dict(arguments)}: {error!r}"
+            f"timm cannot build {model!r} from model_kwargs and the shape of the data, {dict(arguments)}: "
+            f"{_reason(error)}. Change model_kwargs."
         ) from error
     if int(classifier.num_classes) < 2:  # type: ignore[arg-type]
         raise ValueError(
-            f"{model!r} has num_classes={classifier.num_classes}; classification needs at least two, so set num_classes"
+            f"{model!r} has num_classes={classifier.num_classes}; classification needs at least two. Give data of two "
+            "classes or more, or set num_classes."
         )
     return classifier
+
+
+def _reason(error: Exception) -> str:
+    """Say what timm has said, and which argument may have been meant."""
+    import timm
+
+    reason = " ".join(str(error).split()).rstrip(".")
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", reason)
+    if unknown is None:
+        return reason or type(error).__name__
+    kind = getattr(timm.models, unknown[1], None)
+    known = [] if kind is None else list(inspect.signature(kind).parameters)
+    close = difflib.get_close_matches(unknown[2], known, n=1)
+    return f"{unknown[1]} has no argument {unknown[2]!r}" + (f" (did you mean {close[0]!r}?)" if close else "")

@@ -1,11 +1,18 @@
 """What all tasks have in common: an optimizer that is made anew after a resize, its schedule, compiled blocks."""
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
+from lit_accel.arguments import require_number
 from lit_accel.resizing import ResizableMixin
+from lit_accel.schedules import num_steps_of
 from lit_accel.tasks.optimization import weight_decay_groups
 from lit_accel.warmup_decay import WarmupDecay
 
@@ -20,6 +27,9 @@ class TransformerTask(ResizableMixin, LightningModule):
         weight_decay: Decay of the parameters that decay, see :func:`~lit_accel.tasks.weight_decay_groups`; ``None``
             leaves it to the optimizer's own argument.
         compile_blocks: Whether to ``torch.compile`` each block of the transformer. Needs a registered anatomy.
+
+    Raises:
+        ValueError: If ``weight_decay`` is negative.
     """
 
     model: nn.Module
@@ -32,6 +42,8 @@ class TransformerTask(ResizableMixin, LightningModule):
         compile_blocks: bool,
     ) -> None:
         super().__init__()
+        if weight_decay is not None:
+            require_number("weight_decay", weight_decay, 0, what="a number, at least 0, or None")
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._weight_decay = weight_decay
@@ -49,17 +61,29 @@ class TransformerTask(ResizableMixin, LightningModule):
 
         It keeps nothing: after the model was resized, it is called again for the new parameters.
         """
-        optimizer = self._optimizer(weight_decay_groups(self, self._weight_decay))
+        with _explained("optimizer"):
+            optimizer = self._optimizer(weight_decay_groups(self, self._weight_decay))
+        for group in optimizer.param_groups:
+            if not math.isfinite(group["lr"]):
+                raise ValueError(f"The learning rate is {float(group['lr'])}; it is a number, at least 0.")
         if self._lr_scheduler is None:
             return optimizer
-        scheduler = self._lr_scheduler(optimizer)
+        with _explained("lr_scheduler"):
+            scheduler = self._lr_scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             return {
                 "optimizer": optimizer,
                 "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor},
             }
         if isinstance(scheduler, WarmupDecay) and scheduler.needs_total:
-            scheduler.bind(self._num_total_steps(type(scheduler).__name__))
+            num_steps = self._num_total_steps(type(scheduler).__name__)
+            if num_steps_of(scheduler.num_warmup_steps, num_steps) > num_steps:
+                rank_zero_warn(
+                    f"The learning rate warms up for {scheduler.num_warmup_steps} optimizer steps, and the run has "
+                    f"{num_steps}: it never reaches its peak. Shorten num_warmup_steps, or give a share of the run "
+                    "such as 0.05."
+                )
+            scheduler.bind(num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _num_total_steps(self, scheduler: str) -> int:
@@ -70,3 +94,12 @@ class TransformerTask(ResizableMixin, LightningModule):
                 "or give it num_total_steps."
             )
         return int(num_total_steps)
+
+
+@contextmanager
+def _explained(argument: str) -> Iterator[None]:
+    """Say which argument it is that torch refuses."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{argument} cannot be made from its settings: {error}. Change them.") from error

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_accel.anatomy import Anatomy
+from lit_accel.arguments import is_number, require_duration, require_one_of
 from lit_accel.methods.compatibility import PLD
 from lit_accel.methods.layer_dropping.callback import LayerDropping
 from lit_accel.methods.layer_dropping.dropper import Scale
@@ -84,23 +85,22 @@ class ProgressiveLayerDropping(LayerDropping):
         check_ranks_every: int = 100,
     ) -> None:
         super().__init__(pinned=pinned, sampler=sampler, scale=scale, seed=seed, check_ranks_every=check_ranks_every)
-        if not 0 < theta <= 1:
-            raise ValueError(f"theta is {theta}; it is a keep probability and must be in (0, 1].")
-        for argument, value, allowed in (("convention", convention, Convention), ("direction", direction, Direction)):
-            if value not in get_args(allowed):
-                raise ValueError(f"{argument} is {value!r}; allowed are {', '.join(map(repr, get_args(allowed)))}.")
+        if not is_number(theta) or not 0 < theta <= 1:
+            raise ValueError(f"theta is {theta!r}; it is a keep probability and must be in (0, 1].")
+        require_one_of("convention", convention, get_args(Convention))
+        require_one_of("direction", direction, get_args(Direction))
         for argument, rate in (("gamma", gamma), ("gamma_factor", gamma_factor)):
             if rate is None:
                 continue
-            if not 0 < rate < float("inf"):
-                raise ValueError(f"{argument} is {rate}; it is a rate and must be positive.")
+            if not is_number(rate) or rate <= 0:
+                raise ValueError(f"{argument} is {rate!r}; it is a rate and must be positive.")
             if direction == "decreasing":
                 rank_zero_warn(f'{argument} is ignored: it is for direction="increasing".')
         if gamma is not None and gamma_factor is not None:
             raise ValueError("gamma and gamma_factor are two ways to say the same; give one of them.")
         if release is None:
             release = 0.2 if direction == "decreasing" else 0
-        num_steps_of(release, 1)  # raises where it is no duration
+        require_duration("release", release)
         self.theta = theta
         self.gamma = gamma
         self.gamma_factor = 100.0 if gamma_factor is None else gamma_factor
@@ -128,10 +128,8 @@ class ProgressiveLayerDropping(LayerDropping):
             raise ValueError(f"A DeepSpeed configuration is a mapping; this is a {type(section).__name__}.")
         section = section.get(_SECTION, section)
         if not isinstance(section, Mapping) or "enabled" not in section:
-            raise ValueError(
-                f'No section "{_SECTION}" with "enabled", "theta" and "gamma" was found; the keys are '
-                f"{', '.join(map(repr, section)) if isinstance(section, Mapping) else section!r}."
-            )
+            keys = list(section) if isinstance(section, Mapping) else section
+            raise ValueError(f'No section "{_SECTION}" with "enabled", "theta" and "gamma" was found, but {keys!r}.')
         if unknown := section.keys() - {"enabled", "theta", "gamma"}:
             raise ValueError(
                 f'"{_SECTION}" has the unknown keys {sorted(unknown)}; known are enabled, theta and gamma.'

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_accel.anatomy import Anatomy
+from lit_accel.arguments import is_number, require_duration, require_one_of, require_whole
 from lit_accel.compute.flops import forward_flops, training_flops
 from lit_accel.methods.layer_dropping.budget import Allocation, allocate, floor_of, robust
 from lit_accel.methods.layer_dropping.budgeted import BudgetedLayerDropping
@@ -24,7 +25,6 @@ from lit_accel.methods.layer_dropping.protection import BlockList
 from lit_accel.methods.layer_dropping.refusals import droppable_blocks
 from lit_accel.methods.layer_dropping.sampling import Sampler
 from lit_accel.methods.layer_dropping.sensitivity import ESTIMATES, Estimator, Meter, ablate, ablation_flops
-from lit_accel.schedules import num_steps_of
 
 FILE_NAME = "sensitivities.png"
 
@@ -103,19 +103,22 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
         folder: str | None = None,
     ) -> None:
         super().__init__(pinned=pinned, sampler=sampler, scale=scale, seed=seed, check_ranks_every=check_ranks_every)
-        for argument, value, allowed in (("estimator", estimator, Estimator), ("allocation", allocation, Allocation)):
-            if value not in get_args(allowed):
-                raise ValueError(f"{argument} is {value!r}; allowed are {', '.join(map(repr, get_args(allowed)))}.")
+        require_one_of("estimator", estimator, get_args(Estimator))
+        require_one_of("allocation", allocation, get_args(Allocation))
         for argument, share in (("kept", kept), ("min_keep", min_keep), ("max_overhead", max_overhead)):
-            if not 0 < share <= 1:
-                raise ValueError(f"{argument} is {share}; it must be in (0, 1].")
+            if not is_number(share) or not 0 < share <= 1:
+                raise ValueError(f"{argument} is {share!r}; it is a share and must be in (0, 1].")
         for argument, share in (("protected", protected), ("ema", ema)):
-            if not 0 <= share < 1:
-                raise ValueError(f"{argument} is {share}; it must be in [0, 1).")
-        if num_batches < 1:
-            raise ValueError(f"num_batches is {num_batches}; a measurement needs at least 1.")
-        for duration in (warmup, ramp, release, measure_every):
-            num_steps_of(duration, 1)  # raises where it is no duration
+            if not is_number(share) or not 0 <= share < 1:
+                raise ValueError(f"{argument} is {share!r}; it is a share and must be in [0, 1).")
+        require_whole("num_batches", num_batches, 1, of="batches of a measurement")
+        for argument, duration in (
+            ("warmup", warmup),
+            ("ramp", ramp),
+            ("release", release),
+            ("measure_every", measure_every),
+        ):
+            require_duration(argument, duration)
         self.kept, self.min_keep, self.max_overhead = kept, min_keep, max_overhead
         self.protected, self.ema = protected, ema
         self.estimator: Estimator = estimator

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lit_accel.arguments import is_number, is_whole
 from lit_accel.methods.mixed_sparsity.attention import PATTERNS
 from lit_accel.methods.mixed_sparsity.distribution import DISTRIBUTIONS
 from lit_accel.methods.mixed_sparsity.units import n_of_m
@@ -53,7 +53,7 @@ def check_stages(stages: Any) -> None:
         if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) != 2:
             raise ValueError(f"stages has the entry {entry!r}; each is a pair of a start and a sparsity: [0.06, 0.9].")
         start, sparsity = entry
-        if not _is_number(sparsity) or not 0 <= sparsity < 1:
+        if not is_number(sparsity) or not 0 <= sparsity < 1:
             reason = ": at 1 every layer would be empty" if sparsity == 1 else ""
             raise ValueError(
                 f"stages has the sparsity {sparsity}{reason}. It is the share of the units that are off, at least 0 "
@@ -85,12 +85,12 @@ def check_numbers(drop_fraction: Any, gradient_share: Any, seed: Any, counts: Ma
         ValueError: If one cannot be.
     """
     for argument, value, below in (("drop_fraction", drop_fraction, True), ("gradient_share", gradient_share, False)):
-        if not _is_number(value) or not 0 <= value <= 1 or (below and value == 1):
+        if not is_number(value) or not 0 <= value <= 1 or (below and value == 1):
             raise ValueError(f"{argument} is {value!r}; it is a share, from 0 to {'below ' if below else ''}1.")
     for argument, count in counts.items():
-        if not _is_whole(count) or count < 1:
+        if not is_whole(count) or count < 1:
             raise ValueError(f"{argument} is {count!r}; it is a whole number, at least 1.")
-    if not _is_whole(seed):
+    if not is_whole(seed):
         raise ValueError(f"seed is {seed!r}; it is a whole number.")
 
 
@@ -118,14 +118,6 @@ def check_choices(distribution: Any, execution: Any, pattern: Any, phase: Any) -
         raise ValueError(f"attention_phase is {given!r}: it ends before it begins. Give the first step first.")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_point(value: Any) -> bool:
     """Whether a value is a number of steps or a share of the run."""
-    return _is_number(value) and value >= 0 and (isinstance(value, int) or value <= 1)
+    return is_number(value) and value >= 0 and (isinstance(value, int) or value <= 1)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -90,6 +91,26 @@ def check_counts(targets: Targets) -> None:
                     "sparsity in stages"
                     + (", or take a smaller block_size." if isinstance(space, MatrixUnits) and space.tile > 1 else ".")
                 )
+
+
+def warn_of_no_update(targets: Targets) -> None:
+    """Warn if the topology is chosen once and never updated, though that was asked for.
+
+    Args:
+        targets: The schedule on the model's units, for the whole run.
+    """
+    schedule = targets.schedule
+    sparse = [step for step in range(schedule.num_steps) if schedule.sparsity(step) > 0]
+    if not sparse or schedule.drop_fraction == 0:
+        return
+    first, end = sparse[0], schedule.restoration_start or sparse[-1] + 1
+    every = schedule.update_every
+    if not any(step % every == 0 for step in range(first + 1, end)):
+        rank_zero_warn(
+            f"No unit will ever be exchanged: the model is sparse from step {first} until units come back at {end}, "
+            f"and update_every={every} falls on none of these steps. Set it to about {max(1, (end - first) // 20)}, "
+            "lengthen the run, or say with drop_fraction=0 that this is meant."
+        )
 
 
 def check_pattern(anatomy: Anatomy) -> None:

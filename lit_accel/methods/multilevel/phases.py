@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 
@@ -51,22 +51,6 @@ class Phase:
 
 # Hyper-parameters of a LightningModule land in its checkpoints, which torch reads with weights_only=True.
 torch.serialization.add_safe_globals([Level, Phase])
-
-
-_Part = TypeVar("_Part", Level, Phase)
-
-
-def as_part(kind: type[_Part], value: Any) -> _Part:
-    """Return a level or phase, also from a mapping of its fields, as YAML writes it.
-
-    Raises:
-        ValueError: If it is neither.
-    """
-    if isinstance(value, kind):
-        return value
-    if isinstance(value, Mapping):
-        return kind(**value)
-    raise ValueError(f"{value!r} is no {kind.__name__}; write {kind.__name__}(...), or a mapping of its fields.")
 
 
 @dataclass(frozen=True)

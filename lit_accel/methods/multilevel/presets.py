@@ -41,7 +41,7 @@ def override_interpolation(
     """Return a preset's interpolation with what the user gave in its place.
 
     Raises:
-        ValueError: If ``alpha`` is given together with one of the coefficients that it stands for.
+        ValueError: If ``alpha`` is no share, or given together with one of the coefficients that it stands for.
     """
     if alpha is None:
         return Interpolation(default.coarse if coarse is None else coarse, default.fine if fine is None else fine)
@@ -50,4 +50,6 @@ def override_interpolation(
             f"alpha is {alpha}, coarse is {coarse} and fine is {fine}; alpha stands for both coefficients, so give "
             "either it alone or coarse and fine."
         )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; it is the weight of the small model, from 0 to 1.")
     return Interpolation.of_alpha(alpha)

@@ -10,10 +10,10 @@ from torch import nn
 
 from lit_accel.anatomy import Anatomy, anatomy_of, is_compiled
 from lit_accel.anatomy.build import COMPILE_OPTIONS
+from lit_accel.arguments import require_duration, require_indices, require_one_of, require_whole
 from lit_accel.methods.token_dropping.dropper import Scope
 from lit_accel.methods.token_dropping.plan import TokenPlan
 from lit_accel.methods.token_dropping.schedule import TokenSchedule
-from lit_accel.schedules import num_steps_of
 
 
 def check_arguments(
@@ -30,18 +30,17 @@ def check_arguments(
     Raises:
         ValueError: If something is not allowed.
     """
-    if scope not in get_args(Scope):
-        raise ValueError(f"scope is {scope!r}; allowed are {', '.join(map(repr, get_args(Scope)))}.")
+    require_one_of("scope", scope, get_args(Scope))
+    if pinned is not None:
+        require_indices("pinned", pinned)
     if scope == "input" and pinned:
         raise ValueError('pinned has no meaning with scope="input", which drops tokens before the first block.')
-    if any(isinstance(index, bool) or not isinstance(index, int) for index in pinned or ()):
-        raise ValueError(f"pinned is {pinned}; it names blocks by their indices, which are integers.")
-    num_steps_of(growth, 1)  # raises where it is no duration
+    require_duration("growth", growth)
     if growth == 0:
         raise ValueError("growth is 0: nothing would ever be dropped. Leave the callback out, or set start_tokens=1.0.")
     for argument, (value, least) in counts.items():
-        if value is not None and value < least:
-            raise ValueError(f"{argument} is {value}; it is a number of tokens, at least {least}.")
+        if value is not None:
+            require_whole(argument, value, least, of="tokens")
 
 
 def dropping_blocks(anatomy: Anatomy, pinned: Sequence[int], scope: Scope) -> tuple[int, ...]:

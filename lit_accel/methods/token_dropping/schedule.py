@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lit_accel.arguments import is_number, is_whole
+
 Compat = Literal["deepspeed"]
 
 
@@ -39,19 +41,19 @@ class TokenSchedule:
 
     def __post_init__(self) -> None:
         is_share = isinstance(self.start, float)
-        if isinstance(self.start, bool) or not self.start > 0 or (is_share and self.start > 1):
+        if not is_number(self.start) or self.start <= 0 or (is_share and self.start > 1):
             raise ValueError(
-                f"start_tokens is {self.start}; it is a number of tokens (int), at least 1, or a share of the sequence "
-                "(float) in (0, 1]. 1.0 drops nothing."
+                f"start_tokens is {self.start!r}; it is a number of tokens (int), at least 1, or a share of the "
+                "sequence (float) in (0, 1]. 1.0 drops nothing."
             )
-        if not isinstance(self.quantum, int) or self.quantum < 1:
+        if not is_whole(self.quantum, 1):
             raise ValueError(
-                f"quantum is {self.quantum}; kept tokens grow by multiples of it, so it is at least 1. 8 suits 16-bit "
-                "matrix units."
+                f"quantum is {self.quantum!r}; kept tokens grow by multiples of it, so it is at least 1. 8 suits "
+                "16-bit matrix units."
             )
-        if self.max_lengths is not None and self.max_lengths < 2:
+        if self.max_lengths is not None and not is_whole(self.max_lengths, 2):
             raise ValueError(
-                f"max_lengths is {self.max_lengths}; the whole sequence is one length, so at least 2 are needed for "
+                f"max_lengths is {self.max_lengths!r}; the whole sequence is one length, so at least 2 are needed for "
                 "anything to be dropped."
             )
         if self.compat not in (None, "deepspeed"):
