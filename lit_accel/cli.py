@@ -28,6 +28,7 @@ from lit_accel.command_inputs import (
 )
 from lit_accel.command_messages import readable
 from lit_accel.compute import ComputeLedger
+from lit_accel.methods.preparation import watch_over
 from lit_accel.planning import Forecast, plan
 from lit_accel.planning.calibration import calibrate as calibrated
 from lit_accel.planning.picture import check_picture, draw_forecast
@@ -198,7 +199,10 @@ class LitAccelCLI(LightningCLI):
             kwargs = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, **kwargs}
             if not is_here and trainer.get("strategy", "auto") != "auto":
                 kwargs["strategy"] = "resizable"
-        return super().instantiate_trainer(**kwargs)
+        built = super().instantiate_trainer(**kwargs)
+        # Also where there is no method: the dense runs that others are compared with must survive as much.
+        watch_over(built)
+        return built
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         check_trainer(config)

@@ -24,14 +24,18 @@ def prepare_run(trainer: L.Trainer) -> Coordinator:
     """
     coordinator = coordinator_of(trainer)
     coordinator.check()
-    write_atomically(trainer)
     if coordinator.methods:
-        _add_guard(trainer)
+        watch_over(trainer)
     return coordinator
 
 
-def _add_guard(trainer: L.Trainer) -> None:
-    """Have a guard after all methods, whose decisions it compares, and before what saves the model."""
+def watch_over(trainer: L.Trainer) -> None:
+    """Have checkpoints written atomically, and a guard after all methods and before what saves the model.
+
+    Args:
+        trainer: The Trainer.
+    """
+    write_atomically(trainer)
     callbacks: list[L.Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
     guards = [callback for callback in callbacks if isinstance(callback, TrainingGuard)] or [TrainingGuard()]
     others = [callback for callback in callbacks if callback not in guards]

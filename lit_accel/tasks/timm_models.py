@@ -8,6 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from lit_accel.arguments import require_whole
+
+# Arguments of timm's transformers that are counts; timm builds a model of none of them, which fails when it is called.
+_SIZES = {"depth", "depths", "embed_dim", "num_heads", "patch_size", "window_size"}
+
 
 def classifier_arguments(
     model: str,
@@ -40,6 +45,11 @@ def classifier_arguments(
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ValueError(f"timm has no model {model!r}; timm.list_models() names them all.{hint}")
     arguments = dict(model_kwargs or {})
+    for name in _SIZES & arguments.keys():
+        # Models of several stages have one number for each.
+        sizes = arguments[name] if isinstance(arguments[name], (list, tuple)) else [arguments[name]]
+        for size in sizes:
+            require_whole(f"{name} of model_kwargs", size, 1)
     config = None if ":" in model else timm.get_pretrained_cfg(model)
     if config is None or not config.fixed_input_size:
         image_size = None

@@ -79,6 +79,7 @@ def train(case: Case, path: Path, cache: Path) -> None:
     data = kind(batch_size=batch_size, seed=1, cache_dir=cache, **TEXT)
     module: Any = module_of(case, data)
     module._optimizer = _OPTIMIZER
+    start = {name: value.clone() for name, value in module.state_dict().items()}
     methods = methods_of(case)
     if in_parts:
         (tokens,) = methods
@@ -106,7 +107,7 @@ def train(case: Case, path: Path, cache: Path) -> None:
         for name, value in module.state_dict().items()
     }
     if trainer.is_global_zero:
-        torch.save(weights, path)
+        torch.save({"weights": weights, "start": start}, path)
 
 
 def measure(console: Console) -> int:
@@ -120,19 +121,24 @@ def measure(console: Console) -> int:
     """
     CONTEXT.set_forkserver_preload([__name__])
     source, rows = origin(), []
-    table = Table("method", "strategy", "largest difference from one rank", "repetition", title="Two ranks, and one")
+    headings = ("method", "strategy", "largest difference from one rank", "repetition", "weights have moved by")
+    table = Table(*headings, title="Two ranks, and one")
     with tempfile.TemporaryDirectory() as folder:
         every = {(case.titles, case.how): case for case in cases() if case.family == "gpt2"}
         for title in TITLES:
-            one = _weights(every[(title,), "single"], Path(folder), 0)
+            one, start = _weights(every[(title,), "single"], Path(folder), 0)
+            # What a difference is to be compared with.
+            moved = largest_difference(one, start)
             for how in ("single", "ddp", "fsdp"):
                 case = every.get(((title,), how))
                 if case is None:
                     continue
-                mine, again = (_weights(case, Path(folder), repetition) for repetition in (1, 2))
+                mine, again = (_weights(case, Path(folder), repetition)[0] for repetition in (1, 2))
                 far, apart = largest_difference(mine, one), largest_difference(again, mine)
-                rows.append({"method": title, "strategy": how, "difference": far, "repetition_difference": apart})
-                table.add_row(title, how, f"{far:.1e}", "bitwise equal" if apart == 0 else f"{apart:.1e}")
+                differences = {"difference": far, "repetition_difference": apart, "moved": moved}
+                rows.append({"method": title, "strategy": how, **differences})
+                repetition = "bitwise equal" if apart == 0 else f"{apart:.1e}"
+                table.add_row(title, how, f"{far:.1e}", repetition, f"{moved:.2g}")
     console.print(table)
     settings = {"steps": STEPS, "global_batch": GLOBAL_BATCH, "tolerance": TOLERANCE}
     RESULT.write_text(json.dumps({**source, **settings, "runs": rows}, indent=1) + "\n")
@@ -145,11 +151,13 @@ def largest_difference(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
     return max((mine[name].double() - value.double()).abs().max().item() for name, value in theirs.items())
 
 
-def _weights(case: Case, folder: Path, repetition: int) -> dict[str, Tensor]:
+def _weights(case: Case, folder: Path, repetition: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train a case; return its final weights and its first ones."""
     path = folder / f"{case.name}-{repetition}.pt"
     ranks = start_ranks(train, (case, path, folder / "cache"), case.ranks)
     for rank in ranks:
         rank.join()
     if codes := [rank.exitcode for rank in ranks if rank.exitcode]:
         raise RuntimeError(f"{case.name} ended with {codes}")
-    return torch.load(path)
+    saved = torch.load(path)
+    return saved["weights"], saved["start"]

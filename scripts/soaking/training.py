@@ -31,7 +31,7 @@ from scripts.soaking.deaths import Death, Reaper
 from scripts.soaking.journal import Journal
 
 CHECKPOINTS, LOGS, FINAL, WEIGHTS = "checkpoints", "logs", "final.ckpt", "weights.pt"
-LIMIT = 150.0
+LIMIT = 400.0
 """Seconds after which a process says where it is, and ends."""
 
 _BLOCKS, _EMBED, _HEADS, _NUM_TOKENS = 6, 32, 4, 32
