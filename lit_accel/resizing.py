@@ -58,8 +58,8 @@ def full_size(module: nn.Module) -> Size:
     Args:
         module: The LightningModule.
     """
-    present = anatomy_of(find_transformer(module)[1]).size
-    return getattr(module, _FULL_SIZE, present)
+    said = getattr(module, _FULL_SIZE, None)
+    return anatomy_of(find_transformer(module)[1]).size if said is None else said
 
 
 def set_full_size(module: nn.Module, size: Size) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -31,10 +32,12 @@ def require_readable(stored: Any, present: Mapping[str, Any], what: str) -> None
             f"The state of {what} in the checkpoint has format {version}; this version of lit-accel reads up to "
             f"{present['version']}. Update lit-accel."
         )
+    # What is a container here may have been nothing there yet.
     lost = [
         name
         for name, value in present.items()
-        if name not in stored or (isinstance(value, (dict, list)) and type(stored[name]) is not type(value))
+        if name not in stored
+        or (isinstance(value, (dict, list)) and not isinstance(stored[name], (type(value), NoneType)))
     ]
     if lost:
         reason = "is damaged" if version == present["version"] else f"has format {version}, which lacks what is needed"

@@ -1,6 +1,7 @@
 """Where text comes from: files, the standard library, or a Hugging Face dataset; always as a stream of pieces."""
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,7 +160,11 @@ def _stdlib() -> FileSource:
     # Tests hold files that are broken on purpose (odd encodings, syntax errors), and distributions differ in
     # whether they install them at all; without tests the corpus is nearly the same everywhere.
     excluded = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-    paths = (path for path in root.rglob("*.py") if excluded.isdisjoint(path.relative_to(root).parts[:-1]))
+    paths = []
+    for folder, folders, files in os.walk(root):
+        # What is left out is not even looked into: tens of thousands of files may be installed there.
+        folders[:] = [name for name in folders if name not in excluded]
+        paths += [Path(folder, name) for name in files if name.endswith(".py")]
     return FileSource(root, sorted(path for path in paths if path.is_file()))
 
 

@@ -91,9 +91,9 @@ class TrainingGuard(L.Callback):
         """Say what a checkpoint has changed without a word, and what of an unfinished step is not in it."""
         resume_after_saved_step(trainer)
         say_what_is_ignored(self._options, chosen_options(trainer.optimizers))
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        partial = done % trainer.accumulate_grad_batches
-        if partial and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress
+        partial = batches.current.processed % trainer.accumulate_grad_batches
+        if partial and not batches.is_last_batch:
             rank_zero_warn(
                 f"The checkpoint was written in the middle of optimizer step {trainer.global_step}: the gradients of "
                 f"{partial} of its {trainer.accumulate_grad_batches} micro-batches are lost, and this step will not be "

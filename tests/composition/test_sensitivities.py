@@ -139,7 +139,7 @@ def test_resumed_within_the_small_phase(tmp_path, estimator):
         assert again.ledger.phases.total.flops == made.ledger.phases.total.flops
 
 
-def test_they_outlive_a_level_at_which_nothing_is_dropped(tmp_path):
+def test_they_outlive_a_level_at_which_nothing_is_dropped(tmp_path, pictures_are_drawn):
     """12, 6 and 3 blocks: nothing is dropped or measured at the level between; the picture is of the full model."""
     noted = {}
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 
 import lightning.pytorch as L
 import pytest
@@ -12,10 +10,13 @@ import torch
 
 from lit_accel.data import TextDataModule
 from tests.data.saving import SaveAlways
+from tests.distributed.launch import CONTEXT
+from tests.ports import free_port
 from tests.training import make_trainer
 
 # Fourteen windows, seven batches an epoch: accumulation over three does not divide it.
-DATA = {"tokenizer": "bytes", "max_bytes": 1100, "block_size": 60, "batch_size": 2, "val_fraction": 0.15}
+DATA = {"source": __file__, "tokenizer": "bytes", "max_bytes": 1100, "block_size": 60, "batch_size": 2}
+DATA["val_fraction"] = 0.15
 
 
 class Recorder(L.LightningModule):
@@ -148,13 +149,8 @@ def rank_main(rank, port, folder, queue):
 
 @pytest.mark.processes
 def test_on_two_processes(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.cycle", "tests.data.test_resume"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    queue = context.Queue()
-    ranks = [context.Process(target=rank_main, args=(rank, port, tmp_path, queue)) for rank in range(2)]
+    queue, port = CONTEXT.Queue(), free_port()
+    ranks = [CONTEXT.Process(target=rank_main, args=(rank, port, tmp_path, queue)) for rank in range(2)]
     for process in ranks:
         process.start()
     results = sorted(queue.get(timeout=120) for _ in ranks)

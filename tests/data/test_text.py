@@ -196,7 +196,7 @@ def test_masks_follow_bert():
 
 def test_masks_depend_on_seed_epoch_and_window_alone(cache):
     def read(epoch=0, **arguments):
-        data = prepared(cache, objective="masked", tokenizer="bytes", **arguments)
+        data = prepared(cache, objective="masked", tokenizer="bytes", max_bytes=20_000, **arguments)
         data.set_position(epoch)
         train = {tuple(ids.tolist()) for batch in data.train_dataloader() for ids in batch["input_ids"]}
         val = torch.cat([batch["labels"] for batch in data.val_dataloader()])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.methods.dropping import Graphs
+from tests.pictures import pictures_are_drawn, pictures_are_not_drawn  # noqa: F401
 
 
 def _in_double(original):

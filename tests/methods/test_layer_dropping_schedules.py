@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_accel.methods.layer_dropping import keep_probabilities, sample_blocks, theta_at
+from tests.forked import run_forked
 
 CONVENTIONS = ["paper", "deepspeed", "timm"]
 thetas = st.floats(0.05, 1.0)
@@ -154,18 +153,19 @@ def test_systematic_keeps_what_was_planned_for_a_whole_run(seed, theta, conventi
     assert abs(kept - planned) < 1 + 1e-6
 
 
-def test_a_draw_is_the_same_in_another_process():
-    code = (
-        "from lit_accel.methods.layer_dropping import *;"
-        "both = ('systematic', 'bernoulli');"
-        "print([sample_blocks([.5]*12, seed=3, step=s, sampler=k) for s in range(40) for k in both])"
-    )
-    mine = [
+def draws():
+    return [
         sample_blocks([0.5] * 12, seed=3, step=s, sampler=k) for s in range(40) for k in ("systematic", "bernoulli")
     ]
-    assert subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip() == str(mine)
+
+
+def print_draws():
+    print(draws())
+
+
+def test_a_draw_is_the_same_in_another_process(tmp_path):
+    done = run_forked(tmp_path, print_draws)
+    assert (done.returncode, done.stdout.strip()) == (0, str(draws()))
 
 
 def test_an_unknown_sampler_is_refused():

@@ -184,7 +184,7 @@ def test_it_can_be_turned_on_at_a_resume(tmp_path):
 
     fit(SensitivityLayerDropping(kept=1.0), 4).save_checkpoint(tmp_path / "dense.ckpt")
     callback = SensitivityLayerDropping(kept=0.8, warmup=6, ramp=0, max_overhead=1.0, num_batches=1)
-    with pytest.warns(UserWarning, match="follows those"):
+    with pytest.warns(UserWarning, match=r"other rules of layer dropping: kept 1.0 \(now 0.8\)"):
         fit(callback, 30, tmp_path / "dense.ckpt")
     assert callback.history.measured_at[0] == 6
     assert callback.total.kept < callback.total.dense

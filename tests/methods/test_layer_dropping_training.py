@@ -241,7 +241,7 @@ def test_kept_flops_of_a_long_run_are_the_planned_ones():
 
 
 @pytest.mark.parametrize("method", ["pld", "sbld"])
-def test_logs_and_picture(tmp_path, method):
+def test_logs_and_picture(tmp_path, method, pictures_are_drawn):
     callback = METHODS[method]()
     logger = CSVLogger(tmp_path, name="run")
     fit(tmp_path, [callback], max_steps=20, logger=logger, log_every_n_steps=5)

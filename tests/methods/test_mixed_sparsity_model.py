@@ -340,7 +340,9 @@ def test_growing_changes_no_output_and_dropping_does(name, units, execution):
         larger, smaller = everything(made), others
     else:
         larger = {name: mask | others[name] for name, mask in made.masks.items()}
-        smaller = {name: mask & others[name] for name, mask in made.masks.items()}
+        # In a run no block is without heads, and the attention of torch 2.11 kills the process that asks for that.
+        both = {name: mask & others[name] for name, mask in made.masks.items()}
+        smaller = {name: torch.where(both[name].any(1, keepdim=True), both[name], made.masks[name]) for name in both}
     before = outputs_with(made.masks)
     for actual, expected in zip(outputs_with(larger), before, strict=True):
         assert relative_error(actual, expected) < 1e-10

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lit_accel import ComputeLedger
 from tests.data.saving import SaveAlways
+from tests.distributed.launch import CONTEXT
 from tests.methods.mixed_sparsity import (
     ELEMENTS,
     STEPS,
@@ -188,9 +188,8 @@ def _resumed(folder, steps, results):
 @pytest.mark.processes
 def test_in_another_process(whole_runs):
     whole, folder = whole_runs("neurons and heads", **ATTENTION)
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=_resumed, args=(folder, 9, results))
+    results = CONTEXT.Queue()
+    process = CONTEXT.Process(target=_resumed, args=(folder, 9, results))
     process.start()
     seen, digests, weights, flops = results.get(timeout=120)
     process.join()
@@ -207,7 +206,9 @@ def test_in_another_process(whole_runs):
 @pytest.mark.parametrize("changed", [ELEMENTS, {"ffn_units": "dense"}, {"block_size": 8, **UNITS["tiles"]}])
 def test_other_units_than_the_checkpoints_are_refused(tmp_path, whole_runs, changed):
     _, folder = whole_runs("tiles" if "block_size" in changed else "neurons and heads", **ATTENTION)
-    with pytest.raises(MisconfigurationException, match=f"other rules of mixed sparsity: {next(iter(changed))} .*Its masks say"):
+    with pytest.raises(
+        MisconfigurationException, match=f"other rules of mixed sparsity: {next(iter(changed))} .*Its masks say"
+    ):
         Run(tmp_path, resume=folder / "batch-9.ckpt", **ATTENTION, **changed)
 
 

@@ -51,5 +51,5 @@ def override_interpolation(
             "either it alone or coarse and fine."
         )
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}; it is the weight of the small model, from 0 to 1.")
+        raise ValueError(f"alpha is {alpha}; it is the weight of the small model, between 0 and 1.")
     return Interpolation.of_alpha(alpha)
