@@ -88,7 +88,7 @@ def require_indices(name: str, value: Any) -> None:
     """
     is_list = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
     if not is_list or any(isinstance(index, bool) or not isinstance(index, int) for index in value):
-        raise ValueError(f"{name} is {value!r}; it is a list of indices of blocks, which are integers, such as [0, -1].")
+        raise ValueError(f"{name} is {value!r}; it lists blocks by their indices, which are integers: [0, -1].")
 
 
 def is_whole(value: Any, least: int | None = None) -> bool:

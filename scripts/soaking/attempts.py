@@ -254,6 +254,9 @@ def _note_resumes(fates: list[Fate], journal: Journal) -> None:
     starts = journal.events("starts")
     for fate in fates:
         fate.resumed_at = next((event["step"] for event in starts if event["start"] > fate.start), None)
+        if fate.resumed_at is None and fate.saved_step == STEPS and journal.events("ends"):
+            # From the checkpoint of the last step, after which training does not even start.
+            fate.resumed_at = STEPS
         if fate.resumed_at is not None and fate.resumed_at < (fate.saved_step or 0):
             fate.lost.append(f"it went on at step {fate.resumed_at}, and the checkpoint of {fate.saved_step} was whole")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scripts.soaking.cases import STEPS
 from scripts.soaking.training import FINAL, LOGS, WEIGHTS
 
 PARTS = ("weights", "optimizer", "methods", "ledger", "data", "progress", "metrics")
@@ -69,7 +70,9 @@ def compare(folder: Path, reference: Path, resumed: Collection[int] = ()) -> Com
     """
     comparison = Comparison()
     mine, theirs = (_load(each / FINAL) for each in (folder, reference))
-    for key in sorted((mine.keys() | theirs.keys()) - _IGNORED):
+    # Lightning counts an epoch when it is over, and does not go back into one of which nothing is left.
+    ignored = _IGNORED | ({"epoch"} if STEPS in resumed else set())
+    for key in sorted((mine.keys() | theirs.keys()) - ignored):
         for path, what in differing(mine.get(key), theirs.get(key), key):
             comparison.differences[_part_of(key, path)].append(f"{path}: {what}")
     for path, what in differing(_load(folder / WEIGHTS), _load(reference / WEIGHTS), "end"):
