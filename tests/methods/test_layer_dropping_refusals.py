@@ -427,9 +427,3 @@ def test_a_checkpoint_of_a_newer_version(make):
     state = {**make().state_dict(), "version": 99}
     with pytest.raises(MisconfigurationException, match=r"format 99.*Update lit-accel"):
         make().load_state_dict(state)
-
-
-@pytest.mark.parametrize(("make", "changed"), [(pld, {"theta": 0.9}), (sbld, {"kept": 0.95}), (pld, {"seed": 3})])
-def test_other_rules_than_the_checkpoints_are_warned_about(make, changed):
-    with pytest.warns(UserWarning, match=rf"'{next(iter(changed))}': "):
-        make(**changed).load_state_dict(make().state_dict())
