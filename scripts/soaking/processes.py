@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import random
 import socket
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -14,7 +15,8 @@ from typing import Any
 
 CONTEXT: ForkServerContext = multiprocessing.get_context("forkserver")
 _FIRST_PORT, _NUM_PORTS = 30_000, 2_500
-_NUMBERS = count(os.getpid())
+# From anywhere: two soaks at a time, begun one after the other, must not look for the same ports.
+_NUMBERS = count(random.SystemRandom().randrange(_NUM_PORTS))
 
 
 def free_port() -> int:
