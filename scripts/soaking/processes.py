@@ -6,29 +6,16 @@ import gc
 import multiprocessing
 import os
 import random
-import socket
 from collections.abc import Callable, Sequence
-from itertools import count
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from scripts.soaking.ports import Ports
+
 CONTEXT: ForkServerContext = multiprocessing.get_context("forkserver")
-_FIRST_PORT, _NUM_PORTS = 30_000, 2_500
-# From anywhere: two soaks at a time, begun one after the other, must not look for the same ports.
-_NUMBERS = count(random.SystemRandom().randrange(_NUM_PORTS))
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on, outside of the ranges of the tests and of the system's connections."""
-    while True:
-        port = _FIRST_PORT + next(_NUMBERS) % _NUM_PORTS
-        with socket.socket() as tried:
-            try:
-                tried.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+# From anywhere in its stretch: two soaks at a time, begun one after the other, must not look for the same ports.
+_PORTS = Ports(30_000, 2_500, random.SystemRandom().randrange(2_500))
 
 
 def start_ranks(
@@ -45,7 +32,7 @@ def start_ranks(
     Returns:
         The processes, started.
     """
-    port = free_port() if port is None else port
+    port = _PORTS.free() if port is None else port
     ranks = [CONTEXT.Process(target=_rank_main, args=(rank, port, devices, target, args)) for rank in range(devices)]
     for rank in ranks:
         rank.start()
