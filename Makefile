@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install demo test check bench bench-report clean
+.PHONY: help install demo test check soak versions bench bench-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,13 @@ check: $(STAMP)  ## lint, format and type check
 	@rm -rf .typecheck && mkdir -p .typecheck/lit_accel
 	@ln -s $(CURDIR)/lit_accel/* .typecheck/lit_accel/ && ln -s $(CURDIR)/strategies .typecheck/lit_accel/strategies
 	cd .typecheck && $(CURDIR)/$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p lit_accel
+
+soak: $(STAMP)  ## kill runs of every method, resume and compare them, for MINUTES (30)
+	$(BIN)/python -m scripts.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),$$(date +%s))
+
+versions: $(STAMP)  ## the fast tests with the lowest and the highest supported versions, each in its own environment
+	$(BIN)/python -m scripts.versions
+	$(MAKE) bench-report
 
 bench: $(STAMP)  ## the measurements behind the README; resumes where it stopped
 	$(BIN)/python -m scripts.measure_transition

@@ -27,6 +27,7 @@ from lit_accel.command_inputs import (
     require_end,
 )
 from lit_accel.command_messages import readable
+from lit_accel.command_types import whole_numbers_first
 from lit_accel.compute import ComputeLedger
 from lit_accel.methods.preparation import watch_over
 from lit_accel.planning import Forecast, plan
@@ -117,6 +118,7 @@ class LitAccelCLI(LightningCLI):
         self._is_on_meta = False
         self.forecast: Forecast | None = None
         """What ``plan`` has found out."""
+        whole_numbers_first(L.Trainer.__init__)
         super().__init__(
             LightningModule,
             # Naming no data module allows any, and also none: a module may bring its own loaders.

@@ -17,9 +17,10 @@ from scripts import compare_layer_dropping as layer_dropping
 from scripts import compare_mixed_sparsity as mixed_sparsity
 from scripts import compare_token_dropping as token_dropping
 from scripts import compare_vision as vision
-from scripts import composition_tables, measure_plan
+from scripts import composition_tables, measure_plan, versions
 from scripts.compare_presets import CHOICES, CHOICES_LR, DEFAULT, SETUPS, VARIANTS, read_results
 from scripts.comparison import Comparison
+from scripts.soaking import tables as soak
 
 CHOICES_SETUP = "width 128"
 ROOT = Path(__file__).parents[1]
@@ -372,7 +373,10 @@ def main() -> None:
     check = parser.parse_args().check
     presets = "\n\n".join(presets_table(setup) for setup in SETUPS)
     targets = {
-        ROOT / "README.md": {"results": "\n\n".join([presets, vision_table(), share_table(), transition_table()])},
+        ROOT / "README.md": {
+            "results": "\n\n".join([presets, vision_table(), share_table(), transition_table()]),
+            "results:versions": versions.table(json.loads(versions.RESULTS.read_text())),
+        },
         ROOT / "lit_accel/methods/multilevel/README.md": {
             "results:presets": presets,
             "results:choices": choices_table(),
@@ -408,6 +412,10 @@ def main() -> None:
             "pairs": composition_tables.pairs_table(),
         },
         ROOT / "docs/plan_and_report.md": {"results:plan": plan_table()},
+        ROOT / "docs/robustness.md": {
+            "results:soak": "\n\n".join([soak.kills_table(), soak.memory_table()]),
+            "results:parity": soak.parity_table(),
+        },
     }
     for path, blocks in targets.items():
         text = filled(path, blocks)

@@ -159,6 +159,16 @@ def test_print_config_prints_and_runs_nothing(capsys):
     assert printed["data"]["init_args"]["vocab_size"] == VOCAB_SIZE
 
 
+def test_whole_numbers_stay_whole():
+    """With some versions of torch they were fractions: the Trainer refuses 2.0 batches, and a phase 3.0 steps."""
+    phases = [{"level": 0, "length": 3}, {"level": 1, "length": 0.5}, {"level": 0}]
+    method = {"class_path": "lit_accel.MultiLevelTraining", "init_args": {"phases": phases}}
+    trainer = {"trainer": {**QUIET, "logger": False, "callbacks": [method], "limit_val_batches": 2}}
+    config = parsed("fit", *files(model=MODEL, data=DATA, trainer=trainer)).config["fit"]["trainer"]
+    lengths = [phase.length for phase in config.callbacks[0].init_args.phases]
+    assert list(map(repr, [config.limit_val_batches, *lengths])) == ["2", "3", "0.5", "None"]
+
+
 def test_a_later_file_overrides_an_earlier_one():
     later = {"model": {"init_args": {"overrides": {"n_layer": 1, "n_embd": 4, "n_head": 1, "n_positions": 8}}}}
     cli = parsed("fit", *files(model=MODEL, data=DATA, later=later))

@@ -39,6 +39,7 @@ def kills_table() -> str:
     num_runs = len({record["attempt"] for record in records})
     names = {case.name for case in cases()}
     ran = {record["case"] for record in records}
+    unlogged = sum(bool(record["unlogged_rows"]) for record in records)
     alone = [record["seconds_alone"] for record in records if record["seconds_alone"] is not None]
     commits = sorted({record["commit"] for record in records})
     versions = records[-1]["versions"]
@@ -51,6 +52,8 @@ def kills_table() -> str:
             "",
             *lines,
             "",
+            f"{unlogged} of them fell between the write of a checkpoint and the last lines that Lightning logs of that",
+            "step, which are missing then (see below): no other line is.",
             f"A rank whose partner was killed ended with an error after {max(alone):.1f} s at most",
             f"({len(alone)} times).",
             "`make soak` appends to the file; `python -m scripts.soak --summary` has more. Commit",

@@ -27,7 +27,7 @@ from tests.training import make_trainer
 REFUSALS = (ValueError, TypeError, MisconfigurationException, AnatomyError)
 LONG = {"max_examples": int(os.environ.get("FUZZ_EXAMPLES", "2000")), "derandomize": False}
 # What fails is not made smaller here, which would take minutes.
-SHORT = {"max_examples": 100, "derandomize": True, "phases": [Phase.explicit, Phase.generate]}
+SHORT = {"max_examples": 50, "derandomize": True, "phases": [Phase.explicit, Phase.generate]}
 CHOSEN: dict[str, Any] = LONG if os.environ.get("HYPOTHESIS_PROFILE") == "long" else SHORT
 
 

@@ -21,7 +21,7 @@ def _in_double(original):
     return forward
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def rms_norms_in_double():
     with pytest.MonkeyPatch.context() as patch:
         for package, prefix in (
