@@ -182,14 +182,14 @@ def printed(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def run(end: str) -> dict[str, Any]:
+def run(end: str, commit: str) -> dict[str, Any]:
     """Install one end, test it, and return what is to be said of it."""
     environment = Environment(end)
     environment.install()
     python = "import platform; print(platform.python_version())"
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": printed("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "commit": commit,
         "python": printed(environment.python, "-c", python),
         "tests": environment.test(),
         "packages": environment.packages(),
@@ -227,8 +227,10 @@ def main() -> None:
     parser.add_argument("--ends", nargs="+", choices=ENDS, default=ENDS)
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     ends = parser.parse_args().ends
+    # Now: what the first end writes is no change of what the second one tests.
+    commit = printed("git", "describe", "--always", "--dirty", "--exclude=*")
     for end in ends:
-        record[end] = run(end)
+        record[end] = run(end, commit)
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")
         print(f"{end}: {record[end]['tests']}")
     if failed := [end for end in ends if record[end]["tests"]["failed"]]:
