@@ -67,13 +67,13 @@ def test_what_it_will_cost_is_said(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"dense_warmup": -1}, "dense_warmup: A duration"),
-        ({"dense_tail": 1.5}, "dense_tail: A duration"),
-        ({"dense_warmup": float("nan")}, "dense_warmup: A duration"),
+        ({"dense_warmup": -1}, "dense_warmup is -1; it is a number of optimizer steps"),
+        ({"dense_tail": 1.5}, r"dense_tail is 1.5; .* share of the run \(float from 0 to 1\)"),
+        ({"dense_warmup": float("nan")}, "dense_warmup is nan; it is a number"),
         ({"least_cost": 1}, "least_cost is 1; it is a share"),
         ({"least_cost": -0.1}, "least_cost is -0.1"),
         ({"least_cost": float("nan")}, "least_cost is nan"),
-        ({"drop_levels": [-1]}, r"drop_levels is \[-1\]; levels are integers"),
+        ({"drop_levels": [-1]}, r"drop_levels is \[-1\]; it is a list of levels"),
         ({"drop_levels": [0.0]}, r"drop_levels is \[0.0\]"),
         ({"drop_levels": [True]}, r"drop_levels is \[True\]"),
         ({"drop_levels": []}, "drop_levels is empty"),

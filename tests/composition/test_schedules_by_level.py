@@ -88,5 +88,5 @@ def at_each_level(levels, num_steps):
 
 
 def test_another_word_is_refused():
-    with pytest.raises(ValueError, match="schedules is 'phase'; allowed are 'run' and 'level'"):
+    with pytest.raises(ValueError, match="schedules is 'phase'; allowed are 'run', 'level'"):
         Composition(schedules="phase")

@@ -226,14 +226,19 @@ def checkpoint_of(folder, **options):
 @pytest.mark.filterwarnings("ignore:The last steps of the run have")
 def test_a_checkpoint_of_other_units(tmp_path, stored, present):
     path = checkpoint_of(tmp_path, **stored)
-    messages = ["units of the checkpoint are others than those of this run", "Resume with the settings"]
+    # What has no units has none to speak of by name.
+    named = [f"{name} " for name in present if name != "stages" and stored.get(name) != present[name]]
+    whole = ["units of the checkpoint are others than those of this run"]
+    messages = [*(["other rules of mixed sparsity", *named] if named else whole), "Resume with"]
     refuse(tmp_path, [mst(**present)], messages, ckpt_path=path)
     assert len(fit(tmp_path, [mst(**stored)], ckpt_path=path).losses) == 6
 
 
 def test_a_checkpoint_of_a_newer_version(tmp_path):
     state = {**mst().state_dict(), "version": 99}
-    with pytest.raises(MisconfigurationException, match=r"mixed-sparsity state has format 99.*Update lit-accel"):
+    with pytest.raises(
+        MisconfigurationException, match=r"mixed sparsity in the checkpoint has format 99.*Update lit-accel"
+    ):
         mst().load_state_dict(state)
 
 

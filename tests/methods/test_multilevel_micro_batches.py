@@ -74,10 +74,11 @@ def test_the_ledger_counts_the_same(tmp_path):
     assert totals[0] == totals[1]
 
 
-@pytest.mark.parametrize("merge", [0, 3])
-def test_numbers_that_do_not_fit_are_refused(tmp_path, merge):
-    with pytest.raises(MisconfigurationException, match=f"merge_batches={merge}.*multiple of it"):
-        fit(tmp_path, merge)
+def test_numbers_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"merge_batches=3.*multiple of it"):
+        fit(tmp_path, 3)
+    with pytest.raises(ValueError, match="merge_batches is 0; it is a whole number, at least 1"):
+        fit(tmp_path, 0)
 
 
 def test_manual_optimization_is_refused(tmp_path):
