@@ -71,8 +71,7 @@ def require_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
     """
     if value in allowed:
         return
-    close = difflib.get_close_matches(str(value), [each for each in allowed if isinstance(each, str)], n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(str(value), [each for each in allowed if isinstance(each, str)])
     raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}.{hint}")
 
 
@@ -89,6 +88,17 @@ def require_indices(name: str, value: Any) -> None:
     is_list = isinstance(value, Iterable) and not isinstance(value, (str, bytes))
     if not is_list or any(isinstance(index, bool) or not isinstance(index, int) for index in value):
         raise ValueError(f"{name} is {value!r}; it lists blocks by their indices, which are integers: [0, -1].")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question after the nearest known name, with a blank before it; nothing if none is near.
+
+    Args:
+        name: What was given.
+        known: What there is.
+    """
+    close = difflib.get_close_matches(name, sorted(set(known)), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def is_whole(value: Any, least: int | None = None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pickle
@@ -20,8 +19,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lit_accel.arguments import is_number
-from lit_accel.command_messages import did_you_mean
+from lit_accel.arguments import did_you_mean, is_number
 
 # What Lightning takes as it is, to fail in training or never to notice.
 _LEAST = {
@@ -91,8 +89,7 @@ def _near(path: Path) -> str:
     """Ask after the nearest file of the folder that a path names."""
     if not path.parent.is_dir():
         return f" There is no folder {path.parent} either."
-    close = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=1)
-    return f" Did you mean {path.parent / close[0]}?" if close else ""
+    return did_you_mean(str(path), [str(file) for file in path.parent.iterdir()])
 
 
 def _place(error: yaml.YAMLError) -> str:

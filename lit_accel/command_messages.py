@@ -6,13 +6,14 @@ messages are nested by indentation; what is not understood here is passed on as 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from textwrap import dedent
+
+from lit_accel.arguments import did_you_mean
 
 _UNION = "Does not validate against any of the Union subtypes"
 # A value that is text could also have been one of these.
@@ -75,17 +76,6 @@ def readable(message: str, known: Iterable[str] = ()) -> str:
         known: The command's own arguments, without dashes.
     """
     return _sentence(_distil(Finding("", None, message, None)), list(known))
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a question after the nearest known name, with a blank before it; nothing if none is near.
-
-    Args:
-        name: What was given.
-        known: What there is.
-    """
-    close = difflib.get_close_matches(name, sorted(set(known)), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _distil(finding: Finding) -> Finding:

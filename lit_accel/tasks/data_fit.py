@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_accel.anatomy import AnatomyError, anatomy_of
+
 
 def check_text(task: str, model: nn.Module, data: Any, objective: str) -> None:
     """Check that a language model can learn from a data module.
@@ -49,15 +51,11 @@ def check_text(task: str, model: nn.Module, data: Any, objective: str) -> None:
 
 
 def _longest(model: nn.Module) -> int | None:
-    """Return for how many tokens there are learnt positions; ``None`` where they are computed."""
-    config: Any = model.config
-    rows = getattr(config, "max_position_embeddings", None)
-    for name, part in model.named_modules():
-        is_table = isinstance(part, nn.Embedding) and name.rpartition(".")[2] in ("wpe", "position_embeddings")
-        if is_table and part.num_embeddings == rows:
-            # RoBERTa counts positions from behind that of the padding.
-            return rows if part.padding_idx is None else rows - part.padding_idx - 1
-    return None
+    """Return for how many tokens there are learnt positions; ``None`` where they are computed, or nobody knows."""
+    try:
+        return anatomy_of(model).size.axes.get("positions")
+    except AnatomyError:
+        return None
 
 
 def check_text_batch(task: str, batch: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,3 +49,27 @@ class Call:
     error: type[Exception] = ValueError
     raised_by: str = "lit_accel"
     why: str = ""
+
+
+_PYTHON = "Python itself refuses the keyword, and names it"
+
+
+def call(name: str, make: Callable[[], Any], message: str, **kwargs: Any) -> Call:
+    """Return a row of Python."""
+    return Call(name, make, message, **kwargs)
+
+
+def keyword(kind: str, make: Callable[[], Any], message: str) -> Call:
+    """Return a row of a keyword that there is not."""
+    return Call(f"an unknown keyword of {kind}", make, message, error=TypeError, raised_by="tests", why=_PYTHON)
+
+
+def wrong(name: str, args: str | Iterable[str], message: str, **kwargs: Any) -> Command:
+    """Return a row of a command, with one argument or several."""
+    return Command(name, (args,) if isinstance(args, str) else tuple(args), message, **kwargs)
+
+
+def overrides(**fields: Any) -> str:
+    """Return the argument with other sizes of the GPT."""
+    given = {"n_layer": 4, "n_embd": 16, "n_head": 4, "n_positions": 16, **fields}
+    return "--model.overrides={" + ", ".join(f'"{name}": {value}' for name, value in given.items()) + "}"

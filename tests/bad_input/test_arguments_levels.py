@@ -16,18 +16,7 @@ from lit_accel import (
 from lit_accel.data import TextDataModule
 from lit_accel.tasks import CausalLM
 from tests.bad_input.harness import run_call
-from tests.bad_input.rows import Call
-
-PYTHON = "Python itself refuses the keyword, and names it"
-
-
-def call(name, make, message, **kwargs):
-    return Call(name, make, message, **kwargs)
-
-
-def keyword(kind, make, message):
-    return Call(f"an unknown keyword of {kind}", make, message, error=TypeError, raised_by="tests", why=PYTHON)
-
+from tests.bad_input.rows import call, keyword
 
 ROWS = [
     keyword(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.bad_input.harness import run_command
-from tests.bad_input.rows import Command
+from tests.bad_input.rows import overrides, wrong
 
 LTD = "--trainer.callbacks+=lit_accel.RandomLTD"
 PLD = "--trainer.callbacks+=lit_accel.ProgressiveLayerDropping"
@@ -14,15 +14,6 @@ MST = "--trainer.callbacks+=lit_accel.MixedSparsityTraining"
 LEVELS = ("--trainer.strategy=resizable", "--trainer.callbacks+=lit_accel.MultiLevelTraining")
 LEDGER = "--trainer.callbacks+=lit_accel.ComputeLedger"
 COMPOSITION = "--trainer.callbacks+=lit_accel.Composition"
-
-
-def wrong(name, args, message, **kwargs):
-    return Command(name, (args,) if isinstance(args, str) else tuple(args), message, **kwargs)
-
-
-def overrides(**fields):
-    given = {"n_layer": 4, "n_embd": 16, "n_head": 4, "n_positions": 16, **fields}
-    return "--model.overrides={" + ", ".join(f'"{name}": {value}' for name, value in given.items()) + "}"
 
 
 ROWS = [

@@ -5,18 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.bad_input.harness import run_command
-from tests.bad_input.rows import Command
+from tests.bad_input.rows import overrides, wrong
 
 LTD = "--trainer.callbacks+=lit_accel.RandomLTD"
-
-
-def wrong(name, args, message, **kwargs):
-    return Command(name, (args,) if isinstance(args, str) else tuple(args), message, **kwargs)
-
-
-def overrides(**fields):
-    given = {"n_layer": 4, "n_embd": 16, "n_head": 4, "n_positions": 16, **fields}
-    return "--model.overrides={" + ", ".join(f'"{name}": {value}' for name, value in given.items()) + "}"
 
 
 ROWS = [

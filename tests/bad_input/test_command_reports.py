@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.bad_input.harness import run_command
-from tests.bad_input.rows import Command
+from tests.bad_input.rows import wrong
 
 LTD = "--trainer.callbacks+=lit_accel.RandomLTD"
-
-
-def wrong(name, args, message, **kwargs):
-    return Command(name, (args,) if isinstance(args, str) else tuple(args), message, **kwargs)
 
 
 ROWS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.bad_input.harness import run_command
-from tests.bad_input.rows import Command
+from tests.bad_input.rows import wrong
 
 LTD = "--trainer.callbacks+=lit_accel.RandomLTD"
 PLD = "--trainer.callbacks+=lit_accel.ProgressiveLayerDropping"
@@ -13,10 +13,6 @@ MST = "--trainer.callbacks+=lit_accel.MixedSparsityTraining"
 LEVELS = "--trainer.callbacks+=lit_accel.MultiLevelTraining"
 RESIZABLE = "--trainer.strategy=resizable"
 LIGHTNING = "--trainer.callbacks+=lightning.pytorch.callbacks."
-
-
-def wrong(name, args, message, **kwargs):
-    return Command(name, (args,) if isinstance(args, str) else tuple(args), message, **kwargs)
 
 
 ROWS = [

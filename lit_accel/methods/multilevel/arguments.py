@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from lit_accel.arguments import is_number, is_whole
+from lit_accel.arguments import did_you_mean, is_number, is_whole
 from lit_accel.methods.multilevel.phases import Level, Phase
 
 _Part = TypeVar("_Part", Level, Phase)
@@ -42,8 +41,7 @@ def _as_part(where: str, kind: type[_Part], value: Any) -> _Part:
     known = [field.name for field in fields(kind)]
     for name in value:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(str(name), known)
             raise ValueError(f"{where}: a {kind.__name__} has no {name!r}, but {', '.join(known)}.{hint}")
     if kind is Phase and "level" not in value:
         raise ValueError(f"{where} has no level. Say at which level the phase is; 0 is the full model.")
