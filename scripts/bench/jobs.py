@@ -1,0 +1,182 @@
+"""Which runs are to be made, in which order, as far as the log can tell yet.
+
+A run may depend on others: on the learning rates that were best in the tuning, and, for the controls, on what the
+methods cost. So the list grows as the log does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import mean
+
+from scripts.bench.log import Row
+from scripts.bench.study import ARMS, DENSE, GRID, RUNGS, SEEDS, TUNING_SEED, Arm, Rung
+from scripts.bench.train import Job
+from scripts.bench.tuning import best_rate, between, next_trial
+
+# Costs of controls are rounded up to this share of a dense run: methods that cost almost the same share a control.
+_SHARE = 0.025
+# The learning rate of smaller models is tuned for one of them.
+_SMALLER_TUNED = 5
+
+
+def jobs(rows: Sequence[Row]) -> Iterator[Job]:
+    """Yield all runs that can be made by now, the most important first; those that are in the log, too.
+
+    Args:
+        rows: The log.
+    """
+    for rung in RUNGS.values():
+        study = Study(rung, rows)
+        yield from study.jobs()
+
+
+class Study:
+    """The runs of a rung.
+
+    Args:
+        rung: The rung.
+        rows: The log.
+    """
+
+    def __init__(self, rung: Rung, rows: Sequence[Row]) -> None:
+        self.rung = rung
+        self.arms = {arm.name: arm for arm in ARMS[rung.name]}
+        self.rows = [row for row in rows if row["rung"] == rung.name]
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield the runs."""
+        rung, methods = self.rung, [arm for arm in self.arms.values() if arm.role != "dense"]
+        for budget in rung.tuned_budgets:
+            yield from self.tuning(DENSE, budget)
+        frontier = [budget for budget in rung.dense_budgets if budget <= max(rung.budgets)]
+        for budget in frontier:
+            yield from self.reported(DENSE, budget)
+        if rung.tunes_methods:
+            for arm in (*methods, smaller(rung, _SMALLER_TUNED)):
+                if arm.lr_of is None or arm.name.startswith("smaller"):
+                    yield from self.tuning(arm, rung.tuned_budgets[0])
+        for number, budget in enumerate(rung.budgets):
+            for arm in methods:
+                yield from self.reported(arm, budget)
+            yield from self.controls(budget)
+            if number == 0:
+                for beyond in rung.dense_budgets:
+                    if beyond not in frontier:
+                        yield from self.reported(DENSE, beyond)
+
+    def tuning(self, arm: Arm, budget: float) -> Iterator[Job]:
+        """Yield the trials of an arm's learning rate that are known to be needed."""
+        losses = self.trials(arm, budget)
+        for rate in (*GRID, *(rate for rate in losses if rate not in GRID)):
+            yield self._job(arm, "tune", budget, rate, TUNING_SEED)
+        if all(rate in losses for rate in GRID) and (rate := next_trial(losses)) is not None:
+            yield self._job(arm, "tune", budget, rate, TUNING_SEED)
+
+    def reported(self, arm: Arm, budget: float, share: float = 1.0) -> Iterator[Job]:
+        """Yield the runs of an arm that are reported, if its learning rate is known.
+
+        Args:
+            arm: The arm.
+            budget: The budget.
+            share: Which part of the budget's steps it has.
+        """
+        rate = self.learning_rate(arm, budget * share)
+        if rate is not None:
+            for seed in arm.seeds:
+                yield self._job(arm, "report", budget, rate, seed, share)
+
+    def controls(self, budget: float) -> Iterator[Job]:
+        """Yield dense runs at the methods' costs (B1), and smaller models for as many steps (B2)."""
+        shares = {name: self.share(arm, budget) for name, arm in self.arms.items() if arm.role == "method"}
+        known = {share for share in shares.values() if share is not None}
+        for share in sorted({b1_share(share) for share in known}):
+            yield from self.reported(shorter(share), budget, share)
+        for depth in sorted({b2_depth(self.rung, share) for share in known}):
+            yield from self.reported(smaller(self.rung, depth), budget)
+
+    def trials(self, arm: Arm, budget: float) -> dict[float, float]:
+        """Return the losses of an arm's tuning so far, by learning rate."""
+        found = {}
+        for row in self.rows:
+            if (row["stage"], row["arm"], row["budget"]) == ("tune", arm.name, budget):
+                job = self._job(arm, "tune", budget, row["lr"], TUNING_SEED)
+                if job.config_hash == row["config"]:
+                    found[row["lr"]] = row["val_loss"]
+        return found
+
+    def tuned(self, arm: Arm, budget: float) -> float | None:
+        """Return the best learning rate at a budget, or ``None`` while it is not known."""
+        losses = self.trials(arm, budget)
+        if not all(rate in losses for rate in GRID) or next_trial(losses) is not None:
+            return None
+        return best_rate(losses)
+
+    def learning_rate(self, arm: Arm, budget: float) -> float | None:
+        """Return the learning rate of an arm at a budget; ``None`` while it is not known.
+
+        The dense one is tuned at two budgets. Another arm's is the dense one times what its own optimum was in parts
+        of the dense one where both were tuned.
+        """
+        rates = {tuned: self.tuned(DENSE, tuned) for tuned in self.rung.tuned_budgets}
+        dense = {tuned: rate for tuned, rate in rates.items() if rate is not None}
+        if len(dense) < len(rates):
+            return None
+        here = between(dense, budget)
+        factor: float | None = 1.0
+        if arm.lr_of is None and arm.role != "dense":
+            factor = self.factor(arm)
+        elif arm.lr_of not in (None, "dense"):
+            factor = self.factor(smaller(self.rung, _SMALLER_TUNED))
+        return None if factor is None else float(f"{here * factor * arm.lr_factor:.3g}")
+
+    def factor(self, arm: Arm) -> float | None:
+        """Return an arm's best learning rate in parts of the dense one at the budget of all tunings."""
+        budget = self.rung.tuned_budgets[0]
+        own, dense = self.tuned(arm, budget), self.tuned(DENSE, budget)
+        return None if own is None or dense is None else own / dense
+
+    def share(self, arm: Arm, budget: float) -> float | None:
+        """Return what an arm costs in parts of a dense run of as many steps, once all its seeds are in the log."""
+        found = self.finished(arm, budget)
+        return None if len(found) < len(arm.seeds) else mean(row["flops"] / row["dense_flops"] for row in found)
+
+    def finished(self, arm: Arm, budget: float, share: float = 1.0) -> list[Row]:
+        """Return the reported runs of an arm at a budget that are in the log, as the registry has them now."""
+        wanted = {job.key for job in self.reported(arm, budget, share)}
+        found = {row_key(row): row for row in self.rows if row["arm"] == arm.name}
+        return [found[key] for key in sorted(wanted & set(found))]
+
+    def _job(self, arm: Arm, stage: str, budget: float, lr: float, seed: int, share: float = 1.0) -> Job:
+        # Rounded up: a control must not get less than what it is held against.
+        num_steps = math.ceil(budget * share * self.rung.unit_steps - 1e-9)
+        is_read_in_midway = arm.role == "dense" and stage == "report" and share == 1.0 and budget > 1
+        return Job(self.rung, arm, stage, budget, num_steps, lr, seed, curve=is_read_in_midway)
+
+
+def row_key(row: Row) -> str:
+    """Return the key of the job that a row came from."""
+    return f"{row['rung']}.{row['arm']}.{row['stage']}.{row['budget']:g}.{row['config']}.{row['seed']}"
+
+
+def b1_share(share: float) -> float:
+    """Return the steps of the dense control of a method's cost, in parts of the method's own."""
+    return min(1.0, math.ceil(share / _SHARE - 1e-6) * _SHARE)
+
+
+def b2_depth(rung: Rung, share: float) -> int:
+    """Return how many blocks a dense model has that costs about what a method does, in as many steps."""
+    full = int(rung.model[rung.sizes][rung.depth])
+    return max(1, min(full - 1, round(full * share)))
+
+
+def shorter(share: float) -> Arm:
+    """Return the control B1."""
+    return Arm(f"dense-{share:g}", f"dense, {share:.1%} of the steps", "control", lr_of="dense", seeds=SEEDS)
+
+
+def smaller(rung: Rung, depth: int) -> Arm:
+    """Return the control B2."""
+    title = f"dense, {depth} blocks"
+    return Arm(f"smaller-{depth}", title, "control", changes={rung.depth: depth}, lr_of="smaller")

@@ -1,0 +1,40 @@
+"""The log of finished runs: a line each, only ever appended to."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+LOG = Path(__file__).parent / "log.jsonl"
+Row = dict[str, Any]
+
+
+def read_log(path: Path = LOG) -> list[Row]:
+    """Return the finished runs, oldest first.
+
+    Raises:
+        ValueError: If the rows of a rung were trained on different data.
+    """
+    if not path.exists():
+        return []
+    rows: list[Row] = [json.loads(line) for line in path.read_text().splitlines()]
+    for rung in {row["rung"] for row in rows}:
+        found = {row["data"] for row in rows if row["rung"] == rung}
+        if len(found) > 1:
+            raise ValueError(
+                f"{path.name} has runs of {rung} on {len(found)} different data: {', '.join(sorted(found))}. The "
+                "standard library differs between versions of Python; losses on different text cannot be compared."
+            )
+    return rows
+
+
+def append(row: Row, path: Path = LOG) -> None:
+    """Append a row in one write, on the disk when this returns."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, (json.dumps(row) + "\n").encode())
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,175 @@
+"""What is compared with what: models, data, budgets and arms, as data.
+
+This file is the pre-registration: an arm that is not here is not run, and one that is changed gets another hash, so
+that its earlier runs stay in the log under the old one. How results are read is in ``docs/results/protocol.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from scripts.bench.attention import NAME as SHORT_SEQUENCES
+
+Role = Literal["dense", "null", "control", "method"]
+Schedule = Literal["linear", "layer_token", "layer_token_held", "none"]
+Options = Mapping[str, Any]
+
+# Learning rates of a tuning, and how often the best may lie at an end and the grid be extended beyond it.
+GRID = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+EXTENSIONS = 2
+SEEDS = (0, 1, 2)
+# Not among those that are reported.
+TUNING_SEED = 100
+# Of the null method: with the dense runs' own seeds it would be the dense runs.
+NULL_SEEDS = (10, 11, 12)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A model, its data and its budgets.
+
+    Args:
+        name: What it is called in the log.
+        title: What it is called in tables.
+        task: Class of ``lit_accel.tasks``.
+        model: Its arguments.
+        sizes: Where the arguments have the model's configuration.
+        depth: The configuration's name of the number of blocks.
+        data: Class of ``lit_accel.data`` and its arguments.
+        unit_steps: Optimizer steps of budget 1.
+        dense_budgets: Of the dense frontier.
+        budgets: Of the methods.
+        tuned_budgets: At which the dense learning rate is tuned; the first is that of all tunings.
+        tokens_per_step: Tokens, or patches, of a step.
+        body: Parameters of the blocks.
+        tunes_methods: Whether each arm has a tuning of its own here, or the learning rate that it had on the first
+            rung, in relation to the dense one.
+    """
+
+    name: str
+    title: str
+    task: str
+    model: Options
+    sizes: str
+    depth: str
+    data: tuple[str, Options]
+    unit_steps: int
+    dense_budgets: tuple[float, ...]
+    budgets: tuple[float, ...]
+    tuned_budgets: tuple[float, ...]
+    tokens_per_step: int
+    body: int
+    tunes_methods: bool = True
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train.
+
+    Args:
+        name: What it is called in the log.
+        title: What it is called in tables.
+        role: ``dense``: the frontier. ``null``: the same once more. ``control``: what a method is held against.
+        callbacks: Methods of ``lit_accel`` and their arguments.
+        schedule: ``linear``: warm-up over 10 % and at least 50 steps, then to 0. ``layer_token``: the same, in layer
+            tokens. ``layer_token_held``: the learning rates of the latter, in dense training. ``none``: the method's.
+        changes: Arguments of the model's configuration that are different.
+        lr_factor: Of the learning rate that is taken over.
+        lr_of: The arm whose learning rates are taken over; by default the arm is tuned itself.
+        seeds: Seeds of the reported runs.
+    """
+
+    name: str
+    title: str
+    role: Role = "method"
+    callbacks: tuple[tuple[str, Options], ...] = ()
+    schedule: Schedule = "linear"
+    changes: Options = field(default_factory=dict)
+    lr_factor: float = 1.0
+    lr_of: str | None = None
+    seeds: tuple[int, ...] = SEEDS
+
+
+_GPT_SIZES = {
+    "n_layer": 8,
+    "n_embd": 96,
+    "n_head": 4,
+    "n_positions": 128,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "activation_function": "gelu_pytorch_tanh",
+    "attn_implementation": SHORT_SEQUENCES,
+}
+GPT = Rung(
+    name="gpt",
+    title="GPT, 8 blocks, width 96, bytes of Python's standard library",
+    task="CausalLM",
+    model={"model": "gpt2", "vocab_size": 262, "overrides": _GPT_SIZES},
+    sizes="overrides",
+    depth="n_layer",
+    data=(
+        "TextDataModule",
+        {"source": "stdlib", "tokenizer": "bytes", "block_size": 128, "batch_size": 16, "val_batches": 64},
+    ),
+    unit_steps=1080,
+    dense_budgets=(0.5, 1.0, 2.0, 4.0),
+    budgets=(1.0, 2.0),
+    tuned_budgets=(0.5, 2.0),
+    tokens_per_step=2048,
+    body=894_528,
+)
+
+DENSE = Arm("dense", "dense", role="dense")
+_LTD = {"start_tokens": 0.25, "growth": 0.7}
+_HALF = {"n_embd": 48, "n_head": 2, "n_layer": 4}
+_ENTRIES = {"ffn_units": "element", "attention_units": "element", "update_every": 20}
+_GPT_ARMS = (
+    DENSE,
+    Arm("null", "null method (dense, other seeds)", role="null", lr_of="dense", seeds=NULL_SEEDS),
+    Arm("half-lr", "dense, half the learning rate", role="control", lr_of="dense", lr_factor=0.5),
+    Arm("vcycle", "V-cycle, correction rule", callbacks=(("MultiLevelTraining", {}),)),
+    Arm(
+        "vcycle-paper",
+        "V-cycle, the paper's rule",
+        callbacks=(("MultiLevelTraining", {"preset": "paper"}),),
+        schedule="none",
+    ),
+    Arm(
+        "small-expanded",
+        "small from scratch, expanded",
+        role="control",
+        callbacks=(("MultiLevelTraining", {"start_level": 1, "phases": [{"level": 1, "length": 0.5}, {"level": 0}]}),),
+        changes=_HALF,
+    ),
+    Arm(
+        "pld-paper",
+        "PLD as published",
+        callbacks=(("ProgressiveLayerDropping", {"scale": "sublayer", "sampler": "bernoulli"}),),
+    ),
+    Arm(
+        "dropping-decreasing",
+        "layer dropping, decreasing",
+        callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3}),),
+    ),
+    Arm("sbld", "SBLD", callbacks=(("SensitivityLayerDropping", {}),)),
+    Arm("ltd", "random-LTD", callbacks=(("RandomLTD", _LTD),)),
+    Arm("ltd-ltlr", "random-LTD with LayerToken rates", callbacks=(("RandomLTD", _LTD),), schedule="layer_token"),
+    Arm("ltd-route", "one route, first and last block full", callbacks=(("RandomLTD", {**_LTD, "scope": "route"}),)),
+    Arm(
+        "ltd-input",
+        "one route through all blocks",
+        callbacks=(("RandomLTD", {**_LTD, "scope": "route", "pinned": []}),),
+    ),
+    Arm("dense-ltlr", "dense, rates held as long", role="control", schedule="layer_token_held"),
+    Arm("mst-units", "MST, neurons and heads", callbacks=(("MixedSparsityTraining", {"update_every": 20}),)),
+    Arm("mst-entries", "MST, entries", callbacks=(("MixedSparsityTraining", _ENTRIES),)),
+    Arm("vcycle-ltd", "V-cycle and random-LTD", callbacks=(("MultiLevelTraining", {}), ("RandomLTD", _LTD))),
+)
+
+RUNGS: dict[str, Rung] = {GPT.name: GPT}
+ARMS: dict[str, tuple[Arm, ...]] = {GPT.name: _GPT_ARMS}
