@@ -18,7 +18,7 @@ from scripts.bench.tuning import best_rate, between, next_trial
 # Costs of controls are rounded up to this share of a dense run: methods that cost almost the same share a control.
 _SHARE = 0.025
 # The learning rate of smaller models is tuned for one of them.
-_SMALLER_TUNED = 5
+_SMALLER_TUNED, _SMALLER = 5, "smaller"
 
 
 def jobs(rows: Sequence[Row]) -> Iterator[Job]:
@@ -46,25 +46,38 @@ class Study:
         self.rows = [row for row in rows if row["rung"] == rung.name]
 
     def jobs(self) -> Iterator[Job]:
-        """Yield the runs."""
-        rung, methods = self.rung, [arm for arm in self.arms.values() if arm.role != "dense"]
-        for budget in rung.tuned_budgets:
+        """Yield the runs: the frontier, then arm by arm at the first budget, then at the others."""
+        first, *others = self.rung.budgets
+        for budget in self.rung.tuned_budgets:
             yield from self.tuning(DENSE, budget)
-        frontier = [budget for budget in rung.dense_budgets if budget <= max(rung.budgets)]
-        for budget in frontier:
+        within, beyond = [], []
+        for budget in self.rung.dense_budgets:
+            (within if budget <= max(self.rung.budgets) else beyond).append(budget)
+        for budget in within:
             yield from self.reported(DENSE, budget)
-        if rung.tunes_methods:
-            for arm in (*methods, smaller(rung, _SMALLER_TUNED)):
-                if arm.lr_of is None or arm.name.startswith("smaller"):
-                    yield from self.tuning(arm, rung.tuned_budgets[0])
-        for number, budget in enumerate(rung.budgets):
-            for arm in methods:
+        for arm in self.others:
+            yield from self.tuned_itself(arm)
+            yield from self.reported(arm, first)
+            if arm.role == "method":
+                yield from self.tuned_itself(smaller(self.rung, _SMALLER_TUNED))
+                yield from self.controls(arm, first)
+        for budget in beyond:
+            yield from self.reported(DENSE, budget)
+        for budget in others:
+            for arm in self.others:
                 yield from self.reported(arm, budget)
-            yield from self.controls(budget)
-            if number == 0:
-                for beyond in rung.dense_budgets:
-                    if beyond not in frontier:
-                        yield from self.reported(DENSE, beyond)
+                if arm.role == "method":
+                    yield from self.controls(arm, budget)
+
+    @property
+    def others(self) -> list[Arm]:
+        """All arms of the registry but the dense one."""
+        return [arm for arm in self.arms.values() if arm.role != "dense"]
+
+    def tuned_itself(self, arm: Arm) -> Iterator[Job]:
+        """Yield the trials of an arm that does not take over the learning rate of another."""
+        if self.rung.tunes_methods and arm.lr_of in (None, _SMALLER):
+            yield from self.tuning(arm, self.rung.tuned_budgets[0])
 
     def tuning(self, arm: Arm, budget: float) -> Iterator[Job]:
         """Yield the trials of an arm's learning rate that are known to be needed."""
@@ -87,14 +100,12 @@ class Study:
             for seed in arm.seeds:
                 yield self._job(arm, "report", budget, rate, seed, share)
 
-    def controls(self, budget: float) -> Iterator[Job]:
-        """Yield dense runs at the methods' costs (B1), and smaller models for as many steps (B2)."""
-        shares = {name: self.share(arm, budget) for name, arm in self.arms.items() if arm.role == "method"}
-        known = {share for share in shares.values() if share is not None}
-        for share in sorted({b1_share(share) for share in known}):
-            yield from self.reported(shorter(share), budget, share)
-        for depth in sorted({b2_depth(self.rung, share) for share in known}):
-            yield from self.reported(smaller(self.rung, depth), budget)
+    def controls(self, arm: Arm, budget: float) -> Iterator[Job]:
+        """Yield dense runs at a method's cost (B1), and those of a smaller model in as many steps (B2)."""
+        share = self.share(arm, budget)
+        if share is not None:
+            yield from self.reported(shorter(b1_share(share)), budget, b1_share(share))
+            yield from self.reported(smaller(self.rung, b2_depth(self.rung, share)), budget)
 
     def trials(self, arm: Arm, budget: float) -> dict[float, float]:
         """Return the losses of an arm's tuning so far, by learning rate."""
@@ -127,7 +138,7 @@ class Study:
         factor: float | None = 1.0
         if arm.lr_of is None and arm.role != "dense":
             factor = self.factor(arm)
-        elif arm.lr_of not in (None, "dense"):
+        elif arm.lr_of == _SMALLER:
             factor = self.factor(smaller(self.rung, _SMALLER_TUNED))
         return None if factor is None else float(f"{here * factor * arm.lr_factor:.3g}")
 
@@ -179,4 +190,4 @@ def shorter(share: float) -> Arm:
 def smaller(rung: Rung, depth: int) -> Arm:
     """Return the control B2."""
     title = f"dense, {depth} blocks"
-    return Arm(f"smaller-{depth}", title, "control", changes={rung.depth: depth}, lr_of="smaller")
+    return Arm(f"smaller-{depth}", title, "control", changes={rung.depth: depth}, lr_of=_SMALLER)

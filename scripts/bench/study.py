@@ -134,6 +134,20 @@ _GPT_ARMS = (
     Arm("half-lr", "dense, half the learning rate", role="control", lr_of="dense", lr_factor=0.5),
     Arm("vcycle", "V-cycle, correction rule", callbacks=(("MultiLevelTraining", {}),)),
     Arm(
+        "pld-paper",
+        "PLD as published",
+        callbacks=(("ProgressiveLayerDropping", {"scale": "sublayer", "sampler": "bernoulli"}),),
+    ),
+    Arm(
+        "dropping-decreasing",
+        "layer dropping, decreasing",
+        callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3}),),
+    ),
+    Arm("sbld", "SBLD", callbacks=(("SensitivityLayerDropping", {}),)),
+    Arm("ltd", "random-LTD", callbacks=(("RandomLTD", _LTD),)),
+    Arm("mst-units", "MST, neurons and heads", callbacks=(("MixedSparsityTraining", {"update_every": 20}),)),
+    Arm("vcycle-ltd", "V-cycle and random-LTD", callbacks=(("MultiLevelTraining", {}), ("RandomLTD", _LTD))),
+    Arm(
         "vcycle-paper",
         "V-cycle, the paper's rule",
         callbacks=(("MultiLevelTraining", {"preset": "paper"}),),
@@ -146,29 +160,15 @@ _GPT_ARMS = (
         callbacks=(("MultiLevelTraining", {"start_level": 1, "phases": [{"level": 1, "length": 0.5}, {"level": 0}]}),),
         changes=_HALF,
     ),
-    Arm(
-        "pld-paper",
-        "PLD as published",
-        callbacks=(("ProgressiveLayerDropping", {"scale": "sublayer", "sampler": "bernoulli"}),),
-    ),
-    Arm(
-        "dropping-decreasing",
-        "layer dropping, decreasing",
-        callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3}),),
-    ),
-    Arm("sbld", "SBLD", callbacks=(("SensitivityLayerDropping", {}),)),
-    Arm("ltd", "random-LTD", callbacks=(("RandomLTD", _LTD),)),
     Arm("ltd-ltlr", "random-LTD with LayerToken rates", callbacks=(("RandomLTD", _LTD),), schedule="layer_token"),
+    Arm("dense-ltlr", "dense, rates held as long", role="control", schedule="layer_token_held"),
+    Arm("mst-entries", "MST, entries", callbacks=(("MixedSparsityTraining", _ENTRIES),)),
     Arm("ltd-route", "one route, first and last block full", callbacks=(("RandomLTD", {**_LTD, "scope": "route"}),)),
     Arm(
         "ltd-input",
         "one route through all blocks",
         callbacks=(("RandomLTD", {**_LTD, "scope": "route", "pinned": []}),),
     ),
-    Arm("dense-ltlr", "dense, rates held as long", role="control", schedule="layer_token_held"),
-    Arm("mst-units", "MST, neurons and heads", callbacks=(("MixedSparsityTraining", {"update_every": 20}),)),
-    Arm("mst-entries", "MST, entries", callbacks=(("MixedSparsityTraining", _ENTRIES),)),
-    Arm("vcycle-ltd", "V-cycle and random-LTD", callbacks=(("MultiLevelTraining", {}), ("RandomLTD", _LTD))),
 )
 
 RUNGS: dict[str, Rung] = {GPT.name: GPT}
