@@ -1,4 +1,4 @@
-"""Write the measured tables of the README and of the method's card from the result files, so that no number is typed.
+"""Write the measured tables and pictures from the result files, so that no number is typed.
 
 With ``--check`` nothing is written; it fails if a table is not the one that the files give.
 """
@@ -18,6 +18,7 @@ from scripts import compare_mixed_sparsity as mixed_sparsity
 from scripts import compare_token_dropping as token_dropping
 from scripts import compare_vision as vision
 from scripts import composition_tables, measure_plan, versions
+from scripts.bench import report as bench
 from scripts.compare_presets import CHOICES, CHOICES_LR, DEFAULT, SETUPS, VARIANTS, read_results
 from scripts.comparison import Comparison
 from scripts.soaking import tables as soak
@@ -373,15 +374,12 @@ def main() -> None:
     check = parser.parse_args().check
     presets = "\n\n".join(presets_table(setup) for setup in SETUPS)
     targets = {
-        ROOT / "README.md": {
-            "results": "\n\n".join([presets, vision_table(), share_table(), transition_table()]),
-            "results:versions": versions.table(json.loads(versions.RESULTS.read_text())),
-        },
+        ROOT / "README.md": {"results:versions": versions.table(json.loads(versions.RESULTS.read_text()))},
         ROOT / "lit_accel/methods/multilevel/README.md": {
             "results:presets": presets,
             "results:choices": choices_table(),
             "results:vision": vision_table(),
-            "results:share": share_table(),
+            "results:share": "\n\n".join([share_table(), transition_table()]),
         },
         ROOT / "lit_accel/methods/layer_dropping/README.md": {
             "results:dropping": "\n\n".join(
@@ -417,12 +415,15 @@ def main() -> None:
             "results:parity": soak.parity_table(),
         },
     }
-    for path, blocks in targets.items():
-        text = filled(path, blocks)
+    study = bench.blocks()
+    for path in targets.keys() | study.keys():
+        text = filled(path, targets.get(path, {}) | study.get(path, {}))
         if not check:
             path.write_text(text)
         elif text != path.read_text():
             sys.exit(f"{path.relative_to(ROOT)} is not what the result files give. Run: make bench-report")
+    if not check:
+        bench.draw()
 
 
 if __name__ == "__main__":

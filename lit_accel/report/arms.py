@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from lit_accel.report.noise import End
 from lit_accel.report.runs import ReportError, Run
 
+AnyRun = TypeVar("AnyRun", bound=End)
 # Costs that differ by less are one budget: seeds of a method that draws at random differ a little.
 SAME_BUDGET = 0.02
 
@@ -66,9 +69,9 @@ def group(runs: Sequence[Run], dense: Sequence[str] | None = None) -> tuple[tupl
     return tuple(sorted(arms, key=lambda arm: not arm.is_dense)), warnings
 
 
-def by_budget(runs: Sequence[Run]) -> list[tuple[Run, ...]]:
+def by_budget(runs: Sequence[AnyRun]) -> list[tuple[AnyRun, ...]]:
     """Put runs whose FLOPs differ by less than 2 % together, by rising FLOPs."""
-    budgets: list[list[Run]] = []
+    budgets: list[list[AnyRun]] = []
     for run in sorted(runs, key=lambda run: run.flops):
         if budgets and run.flops <= (1 + SAME_BUDGET) * budgets[-1][0].flops:
             budgets[-1].append(run)

@@ -10,8 +10,7 @@ import numpy as np
 from lit_accel.compute.units import duration, prefix_for
 from lit_accel.report.arms import SAME_BUDGET, by_budget
 from lit_accel.report.curve import Curves, fit_curves
-from lit_accel.report.noise import Cell, Cost, estimate_noise, scatter
-from lit_accel.report.runs import Run
+from lit_accel.report.noise import Cell, Cost, End, estimate_noise, scatter
 
 NUM_DRAWS = 2000
 NUM_BUDGETS = 3
@@ -78,7 +77,7 @@ class Frontier:
         return low, high
 
 
-def fit_frontier(dense: Sequence[Run], cost: Cost) -> Frontier:
+def fit_frontier(dense: Sequence[End], cost: Cost) -> Frontier:
     """Fit the frontier of dense runs.
 
     Args:

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
 from lit_accel.report.curve import Curves
-from lit_accel.report.runs import Run
 
 Cost = Literal["flops", "seconds"]
+
+
+class End(Protocol):
+    """What a completed run cost and where it ended."""
+
+    @property
+    def flops(self) -> float:
+        """FLOPs that were spent."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training."""
+        ...
+
+    @property
+    def loss(self) -> float:
+        """The last held-out loss."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +45,7 @@ class Cell:
     losses: np.ndarray
 
     @staticmethod
-    def of(runs: Sequence[Run], cost: Cost) -> Cell:
+    def of(runs: Sequence[End], cost: Cost) -> Cell:
         """Take the ends of runs."""
         return Cell(np.log([getattr(run, cost) for run in runs]), np.array([run.loss for run in runs]))
 

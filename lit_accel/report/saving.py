@@ -25,6 +25,7 @@ class Saving:
         high: Where it ends; infinity where draws left the measured range.
         interval: What the interval rests on, or why there is none.
         share_outside: The share of draws outside of the measured range.
+        p_value: How often draws would lie as far on the other side of 0, of both sides; ``None`` without an interval.
     """
 
     cost: float
@@ -36,6 +37,7 @@ class Saving:
     high: float | None = None
     interval: str = ""
     share_outside: float = 0.0
+    p_value: float | None = None
 
     @property
     def share(self) -> float | None:
@@ -91,6 +93,8 @@ def saving_against(
         high=_quantile(at_best, 0.975),
         interval=f"scatter from {noise.source}, {noise.num_free} degrees of freedom",
         share_outside=float(np.mean(is_better | is_worse | is_unknown)),
+        # A draw of which nothing is known counts against either side.
+        p_value=min(1.0, 2 * float(min(np.mean(at_worst <= 0), np.mean(at_best >= 0)))),
     )
 
 

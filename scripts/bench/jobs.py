@@ -59,7 +59,7 @@ class Study:
             yield from self.tuned_itself(arm)
             yield from self.reported(arm, first)
             if arm.role == "method":
-                yield from self.tuned_itself(smaller(self.rung, _SMALLER_TUNED))
+                yield from self.tuned_itself(self.smaller_tuned)
                 yield from self.controls(arm, first)
         for budget in beyond:
             yield from self.reported(DENSE, budget)
@@ -73,6 +73,11 @@ class Study:
     def others(self) -> list[Arm]:
         """All arms of the registry but the dense one."""
         return [arm for arm in self.arms.values() if arm.role != "dense"]
+
+    @property
+    def smaller_tuned(self) -> Arm:
+        """The smaller model whose learning rate is tuned, for all of them."""
+        return smaller(self.rung, _SMALLER_TUNED)
 
     def tuned_itself(self, arm: Arm) -> Iterator[Job]:
         """Yield the trials of an arm that does not take over the learning rate of another."""
@@ -139,7 +144,7 @@ class Study:
         if arm.lr_of is None and arm.role != "dense":
             factor = self.factor(arm)
         elif arm.lr_of == _SMALLER:
-            factor = self.factor(smaller(self.rung, _SMALLER_TUNED))
+            factor = self.factor(self.smaller_tuned)
         return None if factor is None else float(f"{here * factor * arm.lr_factor:.3g}")
 
     def factor(self, arm: Arm) -> float | None:

@@ -6,9 +6,10 @@ import inspect
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from hashlib import sha256
 from json import dumps
 from pathlib import Path
@@ -223,6 +224,10 @@ def _token_plan(rung: Rung, num_steps: int) -> TokenPlan:
 
 def _whole(kind: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments with the defaults of those that were not given: a new default is another configuration."""
-    parameters: Sequence[inspect.Parameter] = list(inspect.signature(kind).parameters.values())
-    defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
-    return {**defaults, **given}
+    return {**_defaults(kind), **given}
+
+
+@cache
+def _defaults(kind: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(kind).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}

@@ -1,0 +1,161 @@
+"""The pictures of the results: the frontier with the methods beside it, savings with intervals, and the tunings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
+
+from lit_accel.report.axes import COLOURS, DENSE_COLOUR
+from lit_accel.report.saving import Saving
+from scripts.bench.analysis import Evidence, Reading
+from scripts.bench.study import DENSE, GRID
+
+_GREY, _GRID = "#808080", "#e3e3e3"
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# What a saving's axis shows; beyond it intervals end in arrows.
+_LEAST, _MOST = -0.6, 0.5
+
+
+def draw(evidence: Evidence, folder: Path) -> list[Path]:
+    """Draw what there is, and return the files.
+
+    Args:
+        evidence: What the log says.
+        folder: Where they go.
+    """
+    name = evidence.rung.name
+    drawn = []
+    if evidence.in_flops.curve is not None:
+        drawn.append(_save(_frontier(evidence), folder / f"{name}_frontier.png"))
+        if evidence.readings:
+            drawn.append(_save(_savings(evidence), folder / f"{name}_savings.png"))
+    drawn.append(_save(_tunings(evidence), folder / f"{name}_tuning.png"))
+    return drawn
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _frontier(evidence: Evidence) -> Figure:
+    figure = Figure(figsize=(10, 5.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    frontier = evidence.in_flops
+    low, high = frontier.log_costs
+    log_costs = np.linspace(low, high, 200)
+    assert frontier.curve is not None
+    if (band := frontier.band(log_costs)) is not None:
+        axes.fill_between(np.exp(log_costs), *band, color=DENSE_COLOUR[0], alpha=0.18, linewidth=0)
+    axes.plot(np.exp(log_costs), frontier.curve.loss(log_costs), color=DENSE_COLOUR[0], label="dense frontier (95 %)")
+    for ends in evidence.dense.values():
+        axes.plot(
+            [end.flops for end in ends], [end.loss for end in ends], "o", color=DENSE_COLOUR[0], ms=5, mec="white"
+        )
+    for number, arm in enumerate(arm for arm in evidence.study.others if evidence.of(arm.name)):
+        readings = evidence.of(arm.name)
+        axes.errorbar(
+            [fmean(end.flops for end in reading.ends) for reading in readings],
+            [reading.loss[0] for reading in readings],
+            yerr=[reading.loss[1] for reading in readings],
+            fmt=_MARKERS[number % len(_MARKERS)],
+            ms=7,
+            mec="white",
+            elinewidth=1,
+            color=COLOURS[number % len(COLOURS)][0],
+            label=arm.title,
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e12:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("training cost, TFLOPs")
+    axes.set_ylabel("held-out loss of the full model, nats")
+    _style(axes)
+    _title(figure, f"Where runs end, and what they cost ({evidence.rung.title})")
+    figure.legend(loc="outside right center", frameon=False, fontsize=8.5)
+    return figure
+
+
+def _savings(evidence: Evidence) -> Figure:
+    arms = [arm for arm in evidence.study.others if evidence.of(arm.name)]
+    figure = Figure(figsize=(10, 1.4 + 0.36 * len(arms)), dpi=150, layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
+    for panel, cost in zip(panels, ("FLOPs", "seconds"), strict=True):
+        panel.axvline(0, color=_GREY, linewidth=1)
+        for number, arm in enumerate(arms):
+            for reading in evidence.of(arm.name):
+                _interval(panel, number, reading, reading.in_flops if cost == "FLOPs" else reading.in_seconds, evidence)
+        panel.set_xlim(_LEAST, _MOST)
+        panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        panel.set_xlabel(f"{cost} saved at equal loss (95 %)")
+        _style(panel)
+    panels[0].set_yticks(range(len(arms)), [arm.title for arm in arms])
+    panels[0].invert_yaxis()
+    for number, budget in enumerate(evidence.rung.budgets):
+        panels[0].plot([], [], _MARKERS[number], color=COLOURS[number][0], label=f"budget x{budget:g}")
+    panels[1].plot([], [], "<", color=_GREY, label="below all that dense runs show")
+    figure.legend(loc="outside lower center", ncols=len(evidence.rung.budgets) + 1, frameon=False, fontsize=9)
+    _title(figure, f"Saved against tuned dense training ({evidence.rung.title})")
+    return figure
+
+
+def _interval(panel: Axes, row: int, reading: Reading, saving: Saving, evidence: Evidence) -> None:
+    order = evidence.rung.budgets.index(reading.budget)
+    height = row + 0.24 * (order - (len(evidence.rung.budgets) - 1) / 2)
+    colour = COLOURS[order][0]
+    if saving.share is None or saving.share < _LEAST:
+        panel.plot(_LEAST + 0.03, height, "<", color=colour, ms=7, mec="white")
+        return
+    if saving.low is not None and saving.high is not None:
+        ends = np.clip([saving.low, saving.high], _LEAST, _MOST)
+        panel.plot(ends, [height, height], color=colour, linewidth=2, solid_capstyle="butt")
+    panel.plot(saving.share, height, _MARKERS[order], color=colour, ms=6, mec="white")
+
+
+def _tunings(evidence: Evidence) -> Figure:
+    found: list[tuple[str, dict[float, float]]] = []
+    for arm in (DENSE, *evidence.study.others, evidence.study.smaller_tuned):
+        trials = [(budget, evidence.study.trials(arm, budget)) for budget in evidence.rung.tuned_budgets]
+        found += [(f"{arm.title}, x{budget:g}", losses) for budget, losses in trials if losses]
+    columns = 5
+    rows = max(1, -(-len(found) // columns))
+    figure = Figure(figsize=(11, 0.6 + 1.75 * rows), dpi=150, layout="constrained")
+    panels: Any = figure.subplots(rows, columns, sharex=True, squeeze=False)
+    for panel, (title, losses) in zip(panels.flat, found, strict=False):
+        rates = sorted(losses)
+        best = min(losses.values())
+        panel.plot(rates, [losses[rate] - best for rate in rates], "o-", color=COLOURS[0][0], ms=4, linewidth=1.2)
+        panel.set_xscale("log")
+        panel.set_ylim(-0.02, 0.3)
+        panel.xaxis.set_major_locator(FixedLocator(GRID))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1000 * value:g}"))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.set_title(title, fontsize=7)
+        _style(panel)
+    for panel in panels.flat[len(found) :]:
+        panel.set_visible(False)
+    figure.supxlabel("learning rate, thousandths", fontsize=9)
+    figure.supylabel("nats above the best trial", fontsize=9)
+    _title(figure, "Every arm's learning rate was tuned with as many trials")
+    return figure
+
+
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.008, ha="left", fontsize=12, fontweight="bold")
+
+
+def _style(axes: Axes) -> None:
+    axes.grid(color=_GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(_GREY)
+    axes.tick_params(color=_GREY, labelsize=8.5)

@@ -1,0 +1,200 @@
+"""The tables of the results, in Markdown, from the evidence alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from scipy import stats
+
+from lit_accel.report.frontier import amount
+from lit_accel.report.saving import Saving
+from scripts.bench.analysis import CONFIDENCE, Evidence, Gap, Reading, mean_and_deviation
+from scripts.bench.jobs import jobs, row_key
+from scripts.bench.log import Row
+from scripts.bench.study import DENSE, GRID, Arm, Rung
+from scripts.bench.tuning import is_interior
+from scripts.bench.verdicts import verdict
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def state(rows: Sequence[Row]) -> str:
+    """Return how far the study is."""
+    known = {job.key for job in jobs(rows)}
+    done = known & {row_key(row) for row in rows}
+    commits = len({row["commit"] for row in rows})
+    hours = sum(row["wall_seconds"] for row in rows) / 3600
+    rest = len(known - done)
+    return (
+        f"{len(rows)} runs are in the log, of {hours:.1f} hours of one core and {commits} commits"
+        + (f"; **at least {rest} of the registry are still to be made**" if rest else "; none is missing")
+        + ". `make bench` goes on."
+    )
+
+
+def regime(rung: Rung) -> str:
+    """Return what the verdicts of a rung are limited to."""
+    tokens = [budget * rung.unit_steps * rung.tokens_per_step for budget in (*rung.budgets, max(rung.dense_budgets))]
+    *methods, longest = [f"{number / rung.body:.1f}" for number in tokens]
+    return (
+        f"{rung.title}: {rung.body / 1e6:.2f}M parameters in blocks, {rung.tokens_per_step:,} tokens a step. Methods "
+        f"are trained for {' and '.join(methods)} tokens a parameter, dense models for up to {longest}; less than one "
+        "epoch each. That is far from converged: the regime in which small and cheap models look best."
+    )
+
+
+def frontier_table(evidence: Evidence) -> str:
+    """Return the dense runs, what the curve makes of them, and how finely savings can be told."""
+    rung, lines = evidence.rung, []
+    for budget, ends in evidence.dense.items():
+        mean, deviation = mean_and_deviation([end.loss for end in ends])
+        rate = evidence.study.learning_rate(DENSE, budget) or math.nan
+        tokens = ends[0].num_steps * rung.tokens_per_step
+        cost = amount(fmean(end.flops for end in ends), "flops")
+        cells = [f"x{budget:g}", f"{ends[0].num_steps:,}", f"{tokens / rung.body:.1f}", f"{rate:g}", cost]
+        lines.append([*cells, f"{mean:.4f} ± {deviation:.4f}"])
+    header = ["budget", "steps", "tokens a parameter", "learning rate", "cost", "held-out loss"]
+    return f"{table(header, lines)}\n\n{_noise(evidence)}"
+
+
+def _noise(evidence: Evidence) -> str:
+    deviation, num_free = evidence.deviation
+    curve = evidence.in_flops.curve
+    if curve is None:
+        return f"No frontier yet: {evidence.in_flops.reason}"
+    worst = max(abs(residual) for residual in evidence.in_flops.residuals)
+    budgets = [budget for budget in evidence.rung.budgets if budget in evidence.dense]
+    floors = []
+    for budget in budgets:
+        per_run = deviation / evidence.slope(budget)
+        seeds = len(DENSE.seeds)
+        least = stats.t.ppf((1 + CONFIDENCE) / 2, num_free) * per_run * math.sqrt(2 / seeds)
+        floors.append(
+            f"at x{budget:g} {per_run:.1%} of compute, so that {seeds} seeds against {seeds} tell {least:.1%} from "
+            "nothing"
+        )
+    return (
+        f"The curve is L = {curve.floor[0]:.3f} + {curve.excess[0]:.3f} (C / C0)^-{curve.exponent[0]:.3f}; it misses "
+        f"no budget by more than {worst:.4f}. **Noise floor**: seeds scatter by {deviation:.4f} nats (pooled, "
+        f"{num_free} degrees of freedom): {'; '.join(floors)}."
+    )
+
+
+def checks_table(evidence: Evidence) -> str:
+    """Return what must come out as it does if the bench can be trusted."""
+    lines = []
+    for name, expected in (("null", "contains 0"), ("half-lr", "lies below 0")):
+        for reading in evidence.of(name):
+            saving = reading.in_flops
+            holds = None
+            if saving.low is not None and saving.high is not None:
+                holds = saving.low <= 0 <= saving.high if name == "null" else saving.high < 0
+            answer = "not decidable" if holds is None else "yes" if holds else "**no**"
+            lines.append([reading.arm.title, f"x{reading.budget:g}", saving_cell(saving), f"{expected}: {answer}"])
+    for shorter, longer, fake in evidence.fake_savings():
+        what = f"no method: the run of x{shorter:g}, held against that of x{longer:g} in mid-way"
+        lines.append([what, f"x{shorter:g}", f"{fake:+.1%}", "what an undecayed baseline gives away"])
+    return table(["check", "budget", "saved at equal loss", "expected"], lines)
+
+
+def costs_table(evidence: Evidence, budget: float) -> str:
+    """Return what a step of each arm costs, and where its runs end."""
+    lines = []
+    for reading in evidence.readings:
+        if reading.budget == budget:
+            mean, deviation = reading.loss
+            shift = "" if reading.paired is None else f"{reading.paired[0]:+.4f} ± {reading.paired[1]:.4f}"
+            costs = [f"{reading.flops_share:.3f}", _share(reading.seconds_share), _share(reading.realised_share)]
+            lines.append([reading.arm.title, f"{reading.lr:.2g}", *costs, f"{mean:.4f} ± {deviation:.4f}", shift])
+    header = ["arm", "learning rate", "FLOPs", "seconds", "realised share", "held-out loss", "above dense, same seed"]
+    return table(header, lines)
+
+
+def savings_table(evidence: Evidence, budget: float) -> str:
+    """Return what each arm saved at equal loss, and how it stands against its controls."""
+    lines = []
+    for reading in evidence.readings:
+        if reading.budget == budget:
+            savings = [saving_cell(reading.in_flops), saving_cell(reading.in_seconds)]
+            lines.append([reading.arm.title, *savings, gap_cell(reading.b1), gap_cell(reading.b2)])
+    return table(["arm", "FLOPs saved", "seconds saved", "nats above B1", "nats above B2"], lines)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def verdicts_table(evidence: Evidence) -> str:
+    """Return the verdict on each method."""
+    lines = []
+    for arm in evidence.study.others:
+        if arm.role == "method":
+            word, why = verdict(evidence, arm)
+            lines.append([arm.title, f"**{word}**", why])
+    return table(["method", "verdict", "why"], lines)
+
+
+def tuning_table(evidence: Evidence) -> str:
+    """Return the trials of all learning rates."""
+    budgets = evidence.rung.tuned_budgets
+    found: list[tuple[Arm, float]] = [(DENSE, budget) for budget in budgets]
+    known = {row["arm"] for row in evidence.study.rows if row["stage"] == "tune"}
+    others = [*evidence.study.others, evidence.study.smaller_tuned]
+    found += [(arm, budgets[0]) for arm in others if arm.name in known]
+    trials = [(arm, budget, evidence.study.trials(arm, budget)) for arm, budget in found]
+    rates = sorted({rate for _, _, losses in trials for rate in losses} | set(GRID))
+    lines = []
+    for arm, budget, losses in trials:
+        best = min(losses.values(), default=math.nan)
+        written = {rate: f"**{loss:.3f}**" if loss == best else f"{loss:.3f}" for rate, loss in losses.items()}
+        cells = [written.get(rate, "") for rate in rates]
+        rate = evidence.study.tuned(arm, budget)
+        where = "" if rate is None else f"{rate:g}" + ("" if is_interior(losses) else ", at an end")
+        lines.append([arm.title, f"x{budget:g}", *cells, where])
+    return table(["arm", "budget", *(f"{rate:g}" for rate in rates), "optimum"], lines)
+
+
+def saving_cell(saving: Saving) -> str:
+    """Return a saving with its interval."""
+    if saving.share is None:
+        return (saving.reason or "").rpartition(": ")[2]
+    if saving.low is None or saving.high is None:
+        return f"{saving.share:+.0%}"
+    return f"{saving.share:+.0%} [{_bound(saving.low)}, {_bound(saving.high)}]"
+
+
+def _bound(value: float) -> str:
+    return f"{value:+.0%}" if math.isfinite(value) else ("below all" if value < 0 else "above all")
+
+
+def gap_cell(gap: Gap | None) -> str:
+    """Return a gap with its interval."""
+    return "" if gap is None else f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+
+
+def card_table(evidence: Evidence, arms: Sequence[str]) -> str:
+    """Return what the card of a method shows: its arms at all budgets, and its verdicts.
+
+    Args:
+        evidence: What the log says.
+        arms: Names of the arms.
+    """
+    readings: list[Reading] = [reading for name in arms for reading in evidence.of(name)]
+    lines = [
+        [
+            *(reading.arm.title, f"x{reading.budget:g}"),
+            *(f"{reading.flops_share:.2f}", _share(reading.seconds_share)),
+            *(saving_cell(reading.in_flops), saving_cell(reading.in_seconds)),
+            *(gap_cell(reading.b1), gap_cell(reading.b2)),
+        ]
+        for reading in readings
+    ]
+    header = ["arm", "budget", "FLOPs", "seconds", "FLOPs saved", "seconds saved", "above B1", "above B2"]
+    methods = [arm for arm in evidence.study.others if arm.name in arms and arm.role == "method"]
+    words = [f"- {arm.title}: **{word}**; {why}." for arm in methods for word, why in [verdict(evidence, arm)]]
+    return "\n".join([table(header, lines), "", *words])

@@ -1,0 +1,122 @@
+"""What is planted in a log is what the study finds in it."""
+
+import copy
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import false_discovery_control
+
+from scripts.bench.analysis import Evidence, holm
+from scripts.bench.log import append, read_log
+from scripts.bench.study import GPT
+from scripts.bench.verdicts import verdict
+from tests.bench.planted import DEVIATION, EXCESS, FLOOR, POWER, SHARES, planted_log
+
+# What a unit of an arm's compute is worth in dense compute; 1 for all others.
+WORTH = {"vcycle": 1.4, "pld-paper": 0.8, "mst-units": 0.5, "ltd": 1.3, "smaller-6": 1.6}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return planted_log(WORTH)
+
+
+@pytest.fixture(scope="module")
+def evidence(rows):
+    return Evidence(GPT, rows, num_draws=1000)
+
+
+@pytest.mark.parametrize("budget", GPT.budgets)
+@pytest.mark.parametrize(("arm", "worth"), [("vcycle", 1.4), ("ltd", 1.3), ("pld-paper", 0.8), ("sbld", 1.0)])
+def test_a_planted_saving_is_found_within_its_interval(evidence, arm, worth, budget):
+    (reading,) = [each for each in evidence.of(arm) if each.budget == budget]
+    saving = reading.in_flops
+    assert saving.low <= 1 - 1 / worth <= saving.high
+    assert saving.high - saving.low < 0.15
+    assert saving.share == pytest.approx(1 - 1 / worth, abs=0.06)
+    assert reading.flops_share == pytest.approx(SHARES.get(arm, 0.8))
+
+
+def test_the_null_method_saves_nothing_and_half_the_rate_is_detected(evidence):
+    for reading in evidence.of("null"):
+        assert reading.in_flops.low <= 0 <= reading.in_flops.high
+    for reading in evidence.of("half-lr"):
+        assert reading.in_flops.high < 0
+
+
+def test_seconds_are_a_column_of_their_own(evidence):
+    (reading, *_) = evidence.of("mst-entries")
+    assert reading.seconds_share == pytest.approx(1.1)
+    assert reading.in_flops.low <= 0 <= reading.in_flops.high
+    assert reading.in_seconds.high < -0.2
+    assert reading.realised_share == pytest.approx(np.log(1.1) / np.log(0.8))
+
+
+def test_verdicts_need_both_controls(evidence):
+    words = {arm.name: verdict(evidence, arm)[0] for arm in evidence.study.others if arm.role == "method"}
+    assert words["vcycle"] == "helps"
+    assert words["pld-paper"] == "does not help"
+    assert words["mst-units"] == "does not help"  # worse than every dense end: no number, but an answer
+    # It saves a fifth against the frontier and beats B1, but a smaller model of its cost is better still.
+    assert words["ltd"] == "does not help"
+    assert all(reading.in_flops.low > 0 and reading.b1.high < 0 < reading.b2.low for reading in evidence.of("ltd"))
+
+
+def test_the_scatter_is_that_of_the_seeds(evidence):
+    deviation, num_free = evidence.deviation
+    assert deviation == pytest.approx(DEVIATION, rel=0.25)
+    assert num_free > 50
+
+
+def test_the_frontier_is_the_planted_law(evidence):
+    curve = evidence.in_flops.curve
+    log_costs = np.linspace(*evidence.in_flops.log_costs, 20)
+    np.testing.assert_allclose(
+        curve.loss(log_costs), FLOOR + EXCESS * np.exp(-POWER * (log_costs - np.log(1e13))), atol=2 * DEVIATION
+    )
+
+
+def test_reading_a_dense_run_in_midway_saves_without_any_method(evidence):
+    found = {(shorter, longer): fake for shorter, longer, fake in evidence.fake_savings()}
+    assert found[1.0, 2.0] > 0.1
+    assert found[2.0, 4.0] > 0.1
+
+
+def test_a_verdict_waits_for_every_run(rows):
+    evidence = Evidence(
+        GPT, [row for row in rows if (row["arm"], row["budget"], row["seed"]) != ("vcycle", 2.0, 1)], 100
+    )
+    (arm,) = [arm for arm in evidence.study.others if arm.name == "vcycle"]
+    word, why = verdict(evidence, arm)
+    assert word == "not finished"
+    assert "runs at budget x2 are missing" in why
+
+
+def test_runs_of_another_configuration_are_not_read(rows):
+    """An arm that was changed after it ran has no runs: the log keeps them, and the study makes new ones."""
+    changed = [copy.copy(row) for row in rows]
+    for row in changed:
+        if row["arm"] == "sbld":
+            row["config"] = "0" * 16
+    assert Evidence(GPT, changed, 100).of("sbld") == []
+
+
+def test_runs_on_other_data_are_refused(tmp_path, rows):
+    path = tmp_path / "log.jsonl"
+    append(rows[0], path)
+    append({**rows[1], "data": "another"}, path)
+    with pytest.raises(ValueError, match="2 different data"):
+        read_log(path)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_is_between_the_single_p_value_and_bonferroni(p_values):
+    adjusted = np.array(holm(p_values))
+    assert (adjusted >= np.array(p_values)).all()
+    assert (adjusted <= np.minimum(1, len(p_values) * np.array(p_values)) + 1e-12).all()
+    order = np.argsort(p_values, kind="stable")
+    assert (np.diff(adjusted[order]) >= 0).all()
+    # Control of the family's error rate is stricter than that of the share of false discoveries.
+    assert (adjusted >= false_discovery_control(p_values) - 1e-12).all()

@@ -1,0 +1,49 @@
+"""Learning rates are chosen by the same rule for all arms."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scripts.bench.study import EXTENSIONS, GRID
+from scripts.bench.tuning import best_rate, between, is_interior, next_trial
+
+
+def losses_around(optimum: float, curvature: float = 0.05) -> dict[float, float]:
+    return {rate: 2.0 + curvature * math.log2(rate / optimum) ** 2 for rate in GRID}
+
+
+@given(st.floats(math.log2(GRID[0]) + 0.51, math.log2(GRID[-1]) - 0.51), st.floats(0.01, 1.0))
+def test_the_optimum_of_a_parabola_is_found_between_the_trials(log_optimum, curvature):
+    losses = losses_around(2**log_optimum, curvature)
+    assert is_interior(losses)
+    assert next_trial(losses) is None
+    assert best_rate(losses) == pytest.approx(2**log_optimum, rel=0.006)  # three digits are written
+
+
+def test_all_of_the_grid_is_tried_before_anything_else():
+    tried: dict[float, float] = {}
+    for rate in GRID:
+        assert next_trial(tried) == rate
+        tried[rate] = 2.0 - rate
+    assert next_trial(tried) == 2 * GRID[-1]
+
+
+@pytest.mark.parametrize("optimum", [GRID[0] / 100, GRID[-1] * 100])
+def test_a_grid_whose_best_lies_at_its_end_is_extended_so_far_and_no_further(optimum):
+    losses = losses_around(optimum)
+    for _ in range(EXTENSIONS):
+        rate = next_trial(losses)
+        assert rate not in losses
+        losses[rate] = 2.0 + 0.05 * math.log2(rate / optimum) ** 2
+    assert next_trial(losses) is None
+    assert not is_interior(losses)
+    assert best_rate(losses) == min(losses, key=lambda rate: abs(math.log(rate / optimum)))
+
+
+@given(st.floats(1e-4, 1e-1), st.floats(-1, 1), st.floats(0.1, 10))
+def test_rates_follow_a_power_law_through_both_tuned_budgets(rate, power, budget):
+    rates = {at: rate * at**power for at in (0.5, 2.0)}
+    assert between(rates, 0.5) == rates[0.5]
+    assert between(rates, budget) == pytest.approx(rate * budget**power, rel=0.006)
