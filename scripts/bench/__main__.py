@@ -80,6 +80,7 @@ def work(name: str, until: float | None) -> None:
             f"{len(missing) - 1} known to be missing",
             markup=False,
             highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -11,12 +11,16 @@ LOG = Path(__file__).parent / "log.jsonl"
 Row = dict[str, Any]
 
 
-def read_log(path: Path = LOG) -> list[Row]:
+def read_log(path: Path | None = None) -> list[Row]:
     """Return the finished runs, oldest first.
+
+    Args:
+        path: The log, if it is not that of the study.
 
     Raises:
         ValueError: If the rows of a rung were trained on different data.
     """
+    path = path or LOG
     if not path.exists():
         return []
     rows: list[Row] = [json.loads(line) for line in path.read_text().splitlines()]
@@ -30,9 +34,14 @@ def read_log(path: Path = LOG) -> list[Row]:
     return rows
 
 
-def append(row: Row, path: Path = LOG) -> None:
-    """Append a row in one write, on the disk when this returns."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+def append(row: Row, path: Path | None = None) -> None:
+    """Append a row in one write, on the disk when this returns.
+
+    Args:
+        row: The row.
+        path: The log, if it is not that of the study.
+    """
+    handle = os.open(path or LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(handle, (json.dumps(row) + "\n").encode())
         os.fsync(handle)

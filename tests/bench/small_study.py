@@ -1,0 +1,38 @@
+"""A study of seconds: ``python -m tests.bench.small_study FOLDER SECONDS`` makes its runs as the real one does."""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from scripts.bench import __main__ as runner
+from scripts.bench import log, study, train
+
+_SIZES = {**study.GPT.model["overrides"], "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16}
+SMALL = replace(
+    study.GPT,
+    name="small",
+    model={**study.GPT.model, "overrides": _SIZES},
+    data=(
+        "TextDataModule",
+        {"source": "stdlib", "tokenizer": "bytes", "block_size": 16, "batch_size": 4, "val_batches": 4},
+    ),
+    unit_steps=60,
+    tokens_per_step=64,
+    body=6_000,
+)
+
+
+def install(folder: Path) -> None:
+    """Put the small study in the place of the real one, in this process."""
+    study.RUNGS.clear()
+    study.ARMS.clear()
+    study.RUNGS["small"], study.ARMS["small"] = SMALL, (study.DENSE,)
+    log.LOG = folder / "log.jsonl"
+    runner._CLAIMS = folder / "claims"
+    train.commit = lambda: "of a test"
+
+
+if __name__ == "__main__":
+    install(Path(sys.argv[1]))
+    runner.work("0", time.time() + float(sys.argv[2]))

@@ -1,0 +1,86 @@
+"""The runner may be killed at any time, and two of them never make the same run."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.bench.jobs import jobs, row_key
+from scripts.bench.study import DENSE, GPT, NULL_SEEDS, SEEDS, TUNING_SEED
+from scripts.bench.train import Job, run_job
+from tests.bench import small_study
+
+ROOT = Path(__file__).parents[2]
+FIELDS = {"commit", "config", "data", "seed", "flops", "cpu_seconds", "wall_seconds", "val_loss", "reference_step"}
+
+
+def start(folder: Path, seconds: float) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.bench.small_study", str(folder), str(seconds)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(folder: Path, num_rows: int, processes: list[subprocess.Popen]) -> None:
+    for _ in range(1200):
+        if len(rows_of(folder)) >= num_rows:
+            return
+        assert any(process.poll() is None for process in processes), "the runners ended too early"
+        time.sleep(0.1)
+    pytest.fail(f"{len(rows_of(folder))} of {num_rows} runs after two minutes")
+
+
+def test_a_killed_runner_is_taken_up_by_two_that_share_the_rest(tmp_path):
+    first = start(tmp_path, 600)
+    wait_for(tmp_path, 1, [first])
+    time.sleep(0.3)  # into the second run
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = rows_of(tmp_path)
+    others = [start(tmp_path, 600), start(tmp_path, 600)]
+    wait_for(tmp_path, len(before) + 4, others)
+    for process in others:
+        process.kill()
+        process.wait()
+    after = rows_of(tmp_path)
+    assert after[: len(before)] == before
+    keys = [row_key(row) for row in after]
+    assert len(set(keys)) == len(keys)
+    assert all(set(row) >= FIELDS for row in after)
+    assert {row["commit"] for row in after} == {"of a test"}
+
+
+def test_a_run_that_is_made_anew_ends_bitwise_where_it_would_have(monkeypatch):
+    monkeypatch.setattr("scripts.bench.train.commit", lambda: "of a test")
+    job = Job(small_study.SMALL, DENSE, "report", 1.0, 60, 4e-3, 0)
+    one, other = run_job(job), run_job(job)
+    assert one["val_loss"] == other["val_loss"]
+    assert one["flops"] == other["flops"] == one["dense_flops"]
+    assert one["config"] == other["config"] == job.config_hash
+    assert one["tokens"] == 60 * small_study.SMALL.tokens_per_step
+
+
+def test_nothing_is_reported_before_it_was_tuned():
+    first = list(jobs([]))
+    assert {job.stage for job in first} == {"tune"}
+    assert {job.seed for job in first} == {TUNING_SEED}
+    assert TUNING_SEED not in (*SEEDS, *NULL_SEEDS)
+    assert not set(SEEDS) & set(NULL_SEEDS)
+
+
+def test_an_arm_that_changes_is_another_configuration():
+    job = Job(GPT, DENSE, "report", 1.0, 60, 4e-3, 0)
+    assert job.config_hash == Job(GPT, DENSE, "report", 1.0, 60, 4e-3, 1).config_hash
+    for other in (
+        Job(GPT, DENSE, "report", 1.0, 61, 4e-3, 0),
+        Job(GPT, DENSE, "report", 1.0, 60, 5e-3, 0),
+        Job(small_study.SMALL, DENSE, "report", 1.0, 60, 4e-3, 0),
+    ):
+        assert other.config_hash != job.config_hash
