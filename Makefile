@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install demo test check soak versions bench bench-report clean
+.PHONY: help install demo test check soak versions bench measure bench-report clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,7 +39,11 @@ versions: $(STAMP)  ## the fast tests with the lowest and the highest supported 
 	$(BIN)/python -m scripts.versions
 	$(MAKE) bench-report
 
-bench: $(STAMP)  ## the measurements behind the README; resumes where it stopped
+bench: $(STAMP)  ## go on with the study of what the methods are worth; may be killed at any time
+	$(BIN)/python -m scripts.bench
+	$(MAKE) bench-report
+
+measure: $(STAMP)  ## what steps and transitions cost, and first comparisons; resumes where it stopped
 	$(BIN)/python -m scripts.measure_transition
 	$(BIN)/python -m scripts.measure_realised_share
 	$(BIN)/python -m scripts.measure_layer_dropping
@@ -53,7 +57,7 @@ bench: $(STAMP)  ## the measurements behind the README; resumes where it stopped
 	$(BIN)/python -m scripts.compare_vision --choices
 	$(MAKE) bench-report
 
-bench-report: $(STAMP)  ## write the tables of the README from the result files
+bench-report: $(STAMP)  ## write every measured table and picture from the result files
 	$(BIN)/python -m scripts.report_results
 
 clean:  ## remove the environment, caches and runs

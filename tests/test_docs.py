@@ -21,6 +21,8 @@ DOCUMENTS = [
     "docs/composition.md",
     "docs/plan_and_report.md",
     "docs/robustness.md",
+    "docs/results/README.md",
+    "docs/results/protocol.md",
     "configs/README.md",
 ]
 

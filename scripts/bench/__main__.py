@@ -13,15 +13,16 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 from scripts.bench.jobs import jobs, row_key
-from scripts.bench.log import append, read_log
-from scripts.bench.train import ROOT, Job, commit, run_job
+from scripts.bench.log import Row, append, read_log
+from scripts.bench.study import RUNGS
+from scripts.bench.train import ROOT, Job, commit, data_hash, data_of, run_job
 from scripts.timed_gpt import KEEP_MEMORY
 
 _CLAIMS = ROOT / "runs" / "bench"
@@ -38,7 +39,9 @@ def main() -> None:
     if _WORKER in os.environ:
         work(os.environ[_WORKER], until)
         return
-    Console().print(f"Commit {commit()}; {len(read_log())} runs in the log.")
+    rows = read_log()
+    Console().print(f"Commit {commit()}; {len(rows)} runs in the log.")
+    check_data(rows)
     command = [sys.executable, "-m", "scripts.bench", *sys.argv[1:]]
     settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **KEEP_MEMORY}
     workers = [
@@ -53,6 +56,25 @@ def main() -> None:
         raise SystemExit("Stopped; the same command goes on.") from None
     if any(codes):
         raise SystemExit(f"Processes ended with {codes}.")
+
+
+def check_data(rows: Sequence[Row]) -> None:
+    """Refuse to go on with other data than those of the log.
+
+    Raises:
+        SystemExit: If this machine has others.
+    """
+    for rung in RUNGS.values():
+        known = {row["data"] for row in rows if row["rung"] == rung.name}
+        data = data_of(rung, 0)
+        data.prepare_data()
+        data.setup("fit")
+        if known and data_hash(data) not in known:
+            raise SystemExit(
+                f"The runs of {rung.name} in the log were trained on other data ({', '.join(known)}) than this machine "
+                f"has ({data_hash(data)}): the standard library differs between versions of Python. Use that of the "
+                "log's rows (provenance), or move the log away to begin a study of your own."
+            )
 
 
 def work(name: str, until: float | None) -> None:

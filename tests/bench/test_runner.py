@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from scripts.bench.__main__ import check_data
 from scripts.bench.jobs import jobs, row_key
 from scripts.bench.study import DENSE, GPT, NULL_SEEDS, SEEDS, TUNING_SEED
-from scripts.bench.train import Job, run_job
+from scripts.bench.train import Job, data_hash, data_of, run_job
 from tests.bench import small_study
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,15 @@ def test_a_run_that_is_made_anew_ends_bitwise_where_it_would_have(monkeypatch):
     assert one["flops"] == other["flops"] == one["dense_flops"]
     assert one["config"] == other["config"] == job.config_hash
     assert one["tokens"] == 60 * small_study.SMALL.tokens_per_step
+
+
+def test_other_data_than_those_of_the_log_are_refused_before_anything_runs():
+    data = data_of(GPT, 0)
+    data.prepare_data()
+    data.setup("fit")
+    check_data([{"rung": "gpt", "data": data_hash(data)}])
+    with pytest.raises(SystemExit, match="standard library differs between versions of Python"):
+        check_data([{"rung": "gpt", "data": "another"}])
 
 
 def test_nothing_is_reported_before_it_was_tuned():
