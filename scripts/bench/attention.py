@@ -64,7 +64,5 @@ def _bias(tokens: int, is_causal: bool, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill_(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), float("-inf")) if is_causal else bias
 
 
-def register() -> str:
-    """Make the attention known to transformers and return its name, for ``attn_implementation``."""
-    AttentionInterface.register(NAME, attend)
-    return NAME
+# What imports the study's models needs it known to transformers by its name.
+AttentionInterface.register(NAME, attend)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 import lit_accel.tasks
 from scripts.bench.study import Rung
@@ -38,8 +39,8 @@ class CpuClock(L.Callback):
         self._stop()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start again."""
-        if trainer.training:
+        """Start again; ``trainer.training`` would not say yet that training goes on."""
+        if trainer.state.fn == TrainerFn.FITTING:
             self._since = time.process_time()
 
     def _stop(self) -> None:

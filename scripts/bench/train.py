@@ -29,7 +29,6 @@ from lit_accel.compute import read_ledger
 from lit_accel.compute.provenance import provenance
 from lit_accel.methods.token_dropping import TokenPlan, TokenSchedule
 from lit_accel.tasks import WarmupDecay
-from scripts.bench.attention import register
 from scripts.bench.clock import CpuClock, reference_step
 from scripts.bench.study import Arm, Rung
 
@@ -88,7 +87,6 @@ class Job:
 
 def run_job(job: Job) -> dict[str, Any]:
     """Train, and return a row of the log."""
-    register()
     torch.set_num_threads(1)
     before = reference_step(job.rung)
     L.seed_everything(job.seed, verbose=False)
