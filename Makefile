@@ -39,7 +39,13 @@ versions: $(STAMP)  ## the fast tests with the lowest and the highest supported 
 	$(BIN)/python -m scripts.versions
 	$(MAKE) bench-report
 
-bench: $(STAMP)  ## go on with the study of what the methods are worth; may be killed at any time
+data/fashion-mnist:  ## Fashion-MNIST, from Debian's package of it
+	@command -v apt-get >/dev/null || { echo "Put the IDX files of Fashion-MNIST into data/fashion-mnist."; exit 1; }
+	mkdir -p .cache/fashion-mnist data
+	cd .cache/fashion-mnist && apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb .
+	cp -r .cache/fashion-mnist/usr/share/datasets/fashion-mnist data/
+
+bench: $(STAMP) data/fashion-mnist  ## go on with the study of what the methods are worth; may be killed at any time
 	$(BIN)/python -m scripts.bench
 	$(MAKE) bench-report
 

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from scripts.bench.data import data_hash, data_of
 from scripts.bench.jobs import jobs, row_key
 from scripts.bench.log import Row, append, read_log
 from scripts.bench.study import RUNGS
-from scripts.bench.train import ROOT, Job, commit, data_hash, data_of, run_job
+from scripts.bench.train import ROOT, Job, commit, run_job
 from scripts.timed_gpt import KEEP_MEMORY
 
 _CLAIMS = ROOT / "runs" / "bench"
@@ -43,7 +44,8 @@ def main() -> None:
     Console().print(f"Commit {commit()}; {len(rows)} runs in the log.")
     check_data(rows)
     command = [sys.executable, "-m", "scripts.bench", *sys.argv[1:]]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **KEEP_MEMORY}
+    # timm too has an attention whose backward pass is slow here; see attention.py.
+    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TIMM_FUSED_ATTN": "0", **KEEP_MEMORY}
     workers = [
         subprocess.Popen(command, cwd=ROOT, env={**os.environ, **settings, _WORKER: str(number)})
         for number in range(os.cpu_count() or 1)

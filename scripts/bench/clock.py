@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 import lit_accel.tasks
+from scripts.bench.data import data_of
 from scripts.bench.study import Rung
 
 _STEPS, _WARMUP = 12, 3
@@ -69,12 +70,17 @@ def _dense_step(rung: Rung) -> Callable[[], None]:
     with torch.random.fork_rng():
         task = getattr(lit_accel.tasks, rung.task)(**rung.model)
     optimizer = torch.optim.AdamW(task.parameters(), lr=1e-3)
-    batch = torch.randint(200, (rung.data[1]["batch_size"], rung.data[1]["block_size"]))
+    data = data_of(rung, 0)
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    inputs = batch["input_ids"] if isinstance(batch, dict) else batch[0]
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = torch.nn.functional.cross_entropy(task(batch).flatten(0, 1), batch.flatten())
+            logits = task(inputs).flatten(0, -2)
+            loss = torch.nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(task.parameters(), 1.0)
         optimizer.step()

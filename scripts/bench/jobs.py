@@ -42,6 +42,7 @@ class Study:
 
     def __init__(self, rung: Rung, rows: Sequence[Row]) -> None:
         self.rung = rung
+        self._all = rows
         self.arms = {arm.name: arm for arm in ARMS[rung.name]}
         self.rows = [row for row in rows if row["rung"] == rung.name]
 
@@ -148,7 +149,13 @@ class Study:
         return None if factor is None else float(f"{here * factor * arm.lr_factor:.3g}")
 
     def factor(self, arm: Arm) -> float | None:
-        """Return an arm's best learning rate in parts of the dense one at the budget of all tunings."""
+        """Return an arm's best learning rate in parts of the dense one at the budget of all tunings.
+
+        A rung that tunes no methods takes it from the first rung.
+        """
+        if not self.rung.tunes_methods:
+            first = Study(next(iter(RUNGS.values())), self._all)
+            return first.factor(first.smaller_tuned if arm.lr_of == _SMALLER else first.arms[arm.name])
         budget = self.rung.tuned_budgets[0]
         own, dense = self.tuned(arm, budget), self.tuned(DENSE, budget)
         return None if own is None or dense is None else own / dense

@@ -125,6 +125,7 @@ GPT = Rung(
 )
 
 DENSE = Arm("dense", "dense", role="dense")
+_VCYCLE = ("MultiLevelTraining", {})
 _LTD = {"start_tokens": 0.25, "growth": 0.7}
 _HALF = {"n_embd": 48, "n_head": 2, "n_layer": 4}
 _ENTRIES = {"ffn_units": "element", "attention_units": "element", "update_every": 20}
@@ -132,7 +133,7 @@ _GPT_ARMS = (
     DENSE,
     Arm("null", "null method (dense, other seeds)", role="null", lr_of="dense", seeds=NULL_SEEDS),
     Arm("half-lr", "dense, half the learning rate", role="control", lr_of="dense", lr_factor=0.5),
-    Arm("vcycle", "V-cycle, correction rule", callbacks=(("MultiLevelTraining", {}),)),
+    Arm("vcycle", "V-cycle, correction rule", callbacks=(_VCYCLE,)),
     Arm(
         "pld-paper",
         "PLD as published",
@@ -146,7 +147,7 @@ _GPT_ARMS = (
     Arm("sbld", "SBLD", callbacks=(("SensitivityLayerDropping", {}),)),
     Arm("ltd", "random-LTD", callbacks=(("RandomLTD", _LTD),)),
     Arm("mst-units", "MST, neurons and heads", callbacks=(("MixedSparsityTraining", {"update_every": 20}),)),
-    Arm("vcycle-ltd", "V-cycle and random-LTD", callbacks=(("MultiLevelTraining", {}), ("RandomLTD", _LTD))),
+    Arm("vcycle-ltd", "V-cycle and random-LTD", callbacks=(_VCYCLE, ("RandomLTD", _LTD))),
     Arm(
         "vcycle-paper",
         "V-cycle, the paper's rule",
@@ -171,5 +172,42 @@ _GPT_ARMS = (
     ),
 )
 
-RUNGS: dict[str, Rung] = {GPT.name: GPT}
-ARMS: dict[str, tuple[Arm, ...]] = {GPT.name: _GPT_ARMS}
+# The second rung: a vision model and an encoder, each method once, with the learning rate in parts of the dense one
+# that was best for it on the first rung.
+_OF_BOTH = tuple(
+    arm
+    for arm in _GPT_ARMS
+    if arm.name not in ("vcycle-paper", "small-expanded", "ltd-ltlr", "dense-ltlr", "ltd-route", "ltd-input")
+)
+VIT = Rung(
+    name="vit",
+    title="ViT, 8 blocks, width 96, Fashion-MNIST in 49 patches",
+    task="ImageClassification",
+    model={
+        "model": "vit_tiny_patch16_224",
+        "num_classes": 10,
+        "in_chans": 1,
+        "image_size": 28,
+        "model_kwargs": {"patch_size": 4, "embed_dim": 96, "depth": 8, "num_heads": 4},
+    },
+    sizes="model_kwargs",
+    depth="depth",
+    data=(
+        "ImageDataModule",
+        {"source": "fashion_mnist", "image_size": 28, "in_chans": 1, "batch_size": 32, "val_batches": 64},
+    ),
+    unit_steps=900,
+    dense_budgets=(0.5, 1.0, 2.0),
+    budgets=(1.0,),
+    tuned_budgets=(1.0,),
+    tokens_per_step=32 * 50,
+    body=894_528,
+    tunes_methods=False,
+)
+_VIT_ARMS = (
+    *_OF_BOTH,
+    Arm("ltd-input", "patches dropped at the input", callbacks=(("RandomLTD", {**_LTD, "scope": "input"}),)),
+)
+
+RUNGS: dict[str, Rung] = {GPT.name: GPT, VIT.name: VIT}
+ARMS: dict[str, tuple[Arm, ...]] = {GPT.name: _GPT_ARMS, VIT.name: _VIT_ARMS}

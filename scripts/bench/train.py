@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import lit_accel
-import lit_accel.data
 import lit_accel.tasks
 from lit_accel import ComputeLedger, LayerTokenLR, RandomLTD
 from lit_accel.anatomy import anatomy_of
@@ -30,6 +29,7 @@ from lit_accel.compute.provenance import provenance
 from lit_accel.methods.token_dropping import TokenPlan, TokenSchedule
 from lit_accel.tasks import WarmupDecay
 from scripts.bench.clock import CpuClock, reference_step
+from scripts.bench.data import data_hash, data_of
 from scripts.bench.study import Arm, Rung
 
 ROOT = Path(__file__).parents[2]
@@ -152,17 +152,6 @@ def module_of(rung: Rung, arm: Arm, lr: float, num_steps: int) -> Any:
         weight_decay=0.1,
         lr_scheduler=_scheduler(rung, arm, num_steps),
     )
-
-
-def data_of(rung: Rung, seed: int) -> Any:
-    """Return the data in the order of a seed; what is held out is the same for all."""
-    kind, options = rung.data
-    return getattr(lit_accel.data, kind)(**options, seed=seed)
-
-
-def data_hash(data: Any) -> str:
-    """Return what tells the data from others."""
-    return str(data.state_dict().get("tokens") or data.state_dict().get("images"))
 
 
 def commit() -> str:

@@ -56,11 +56,13 @@ def between(rates: Mapping[float, float], budget: float) -> float:
     """Return the learning rate at a budget, by a power law through the two budgets at which it was tuned.
 
     Args:
-        rates: Learning rates by budget.
+        rates: Learning rates by budget; if it was tuned at one alone, that is the one of all.
         budget: The budget; beyond the two the law goes on.
     """
     if budget in rates:
         return rates[budget]
+    if len(rates) == 1:
+        return next(iter(rates.values()))
     (low, low_rate), (high, high_rate) = sorted(rates.items())
     power = math.log(high_rate / low_rate) / math.log(high / low)
     return _three_digits(low_rate * (budget / low) ** power)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from scripts.bench.__main__ import check_data
+from scripts.bench.data import data_hash, data_of
 from scripts.bench.jobs import jobs, row_key
 from scripts.bench.study import DENSE, GPT, NULL_SEEDS, SEEDS, TUNING_SEED
-from scripts.bench.train import Job, data_hash, data_of, run_job
+from scripts.bench.train import Job, run_job
 from tests.bench import small_study
 
 ROOT = Path(__file__).parents[2]
