@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean, stdev
 
@@ -15,7 +15,7 @@ from lit_accel.report.noise import Cell, scatter
 from lit_accel.report.saving import Saving, saving_against
 from scripts.bench.jobs import Study, b1_share, b2_depth, shorter, smaller
 from scripts.bench.log import Row
-from scripts.bench.study import DENSE, Arm, Rung
+from scripts.bench.study import DENSE, RUNGS, Arm, Rung
 
 NUM_DRAWS = 10_000
 CONFIDENCE = 0.95
@@ -89,7 +89,6 @@ class Reading:
         paired: Mean and standard deviation of the difference in loss to dense runs of as many steps and the same seed.
         b1: Against dense training of the same cost.
         b2: Against a smaller dense model.
-        adjusted_p: The p-value of its saving after Holm's correction; of methods only.
     """
 
     arm: Arm
@@ -103,7 +102,6 @@ class Reading:
     paired: tuple[float, float] | None
     b1: Gap | None
     b2: Gap | None
-    adjusted_p: float | None = None
 
     @property
     def loss(self) -> tuple[float, float]:
@@ -129,6 +127,8 @@ class Evidence:
 
     def __init__(self, rung: Rung, rows: Sequence[Row], num_draws: int = NUM_DRAWS) -> None:
         self.rung, self.num_draws = rung, num_draws
+        #: p-values of savings after Holm's correction, by method and budget; see :func:`read_study`.
+        self.p_values: dict[tuple[str, float], float] = {}
         self.study = Study(rung, rows)
 
     def ends(self, arm: Arm, budget: float, share: float = 1.0) -> tuple[End, ...]:
@@ -160,10 +160,10 @@ class Evidence:
     @cached_property
     def deviation(self) -> tuple[float, int]:
         """Standard deviation of losses between seeds, pooled over all cells, and its degrees of freedom."""
-        groups: dict[tuple[str, float], list[float]] = {}
+        groups: dict[tuple[str, str], list[float]] = {}
         for row in self.study.rows:
             if row["stage"] == "report":
-                groups.setdefault((row["arm"], row["budget"]), []).append(row["val_loss"])
+                groups.setdefault((row["arm"], row["config"]), []).append(row["val_loss"])
         cells = [Cell(np.zeros(len(losses)), np.array(losses)) for losses in groups.values()]
         return scatter(cells) or float("nan"), sum(len(cell.losses) - 1 for cell in cells)
 
@@ -178,17 +178,13 @@ class Evidence:
 
     @cached_property
     def readings(self) -> tuple[Reading, ...]:
-        """Every complete arm at every budget but the dense ones, p-values corrected over the methods."""
-        found = [
+        """Every complete arm at every budget but the dense ones."""
+        return tuple(
             self._read(arm, budget)
             for budget in self.rung.budgets
             for arm in self.study.others
             if self.is_complete(arm, budget)
-        ]
-        tested = [each for each in found if each.arm.role == "method" and each.in_flops.p_value is not None]
-        adjusted = holm([each.in_flops.p_value or 0.0 for each in tested])
-        by_reading = {id(each): p for each, p in zip(tested, adjusted, strict=True)}
-        return tuple(replace(each, adjusted_p=by_reading.get(id(each))) for each in found)
+        )
 
     def of(self, arm: str) -> list[Reading]:
         """Return the readings of an arm, by budget."""
@@ -254,6 +250,26 @@ class Evidence:
                 if budget < longer and savings and all(saving is not None for saving in savings):
                     found.append((budget, longer, fmean(saving for saving in savings if saving is not None)))
         return found
+
+
+def read_study(rows: Sequence[Row], num_draws: int = NUM_DRAWS) -> dict[str, Evidence]:
+    """Return what the log says of the rungs that have a frontier, with p-values corrected over all of them.
+
+    Args:
+        rows: The log.
+        num_draws: Draws for each interval.
+    """
+    found = {name: Evidence(rung, rows, num_draws) for name, rung in RUNGS.items()}
+    found = {name: evidence for name, evidence in found.items() if evidence.in_flops.curve is not None}
+    tested = [
+        (evidence, reading, reading.in_flops.p_value)
+        for evidence in found.values()
+        for reading in evidence.readings
+        if reading.arm.role == "method" and reading.in_flops.p_value is not None
+    ]
+    for (evidence, reading, _), p in zip(tested, holm([p for _, _, p in tested]), strict=True):
+        evidence.p_values[reading.arm.name, reading.budget] = p
+    return found
 
 
 def _passed(curve: Sequence[tuple[float, float]], end: End) -> float | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from scripts.bench import pictures, tables
-from scripts.bench.analysis import Evidence
+from scripts.bench.analysis import Evidence, read_study
 from scripts.bench.log import read_log
-from scripts.bench.study import RUNGS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "results"
@@ -27,17 +27,17 @@ _HOW_TO_READ = (
 )
 
 
+@cache
 def evidence() -> dict[str, Evidence]:
-    """Return what the log says, by the rungs that have a frontier."""
-    rows = read_log()
-    found = {name: Evidence(rung, rows) for name, rung in RUNGS.items()}
-    return {name: each for name, each in found.items() if each.in_flops.curve is not None}
+    """Return what the log says of each rung; computed once, since its intervals take a while."""
+    return read_study(read_log())
 
 
 def blocks() -> dict[Path, dict[str, str]]:
     """Return the generated blocks of all files."""
+    rows = read_log()
     found = evidence()
-    study = {"study:state": tables.state(read_log())}
+    study = {"study:state": tables.state(rows)}
     for name, each in found.items():
         study |= {
             f"study:{name}:regime": tables.regime(each.rung),
@@ -48,7 +48,7 @@ def blocks() -> dict[Path, dict[str, str]]:
             f"study:{name}:costs": _by_budget(each, tables.costs_table),
             f"study:{name}:tuning": tables.tuning_table(each),
         }
-    summary = [tables.state(read_log())]
+    summary = [tables.state(rows)]
     for each in found.values():
         summary += [tables.regime(each.rung), tables.verdicts_table(each)]
     cards = {

@@ -28,16 +28,16 @@ def verdict(evidence: Evidence, arm: Arm) -> tuple[Verdict, str]:
     if missing:
         budgets = " and ".join(f"x{budget:g}" for budget in missing)
         return "not finished", f"{reasons}{'; ' if reasons else ''}runs at budget {budgets} are missing"
-    if all(_helps(reading) for reading in readings):
+    if all(_helps(evidence, reading) for reading in readings):
         return "helps", reasons
     if all(_loses(reading) for reading in readings):
         return "does not help", reasons
     return "undecided", reasons
 
 
-def _helps(reading: Reading) -> bool:
-    saving, p = reading.in_flops, reading.adjusted_p
-    is_above = saving.low is not None and saving.low > 0 and p is not None and p < 1 - CONFIDENCE
+def _helps(evidence: Evidence, reading: Reading) -> bool:
+    saving, p = reading.in_flops, evidence.p_values.get((reading.arm.name, reading.budget), 1.0)
+    is_above = saving.low is not None and saving.low > 0 and p < 1 - CONFIDENCE
     return is_above and all(gap is not None and gap.high < 0 for gap in (reading.b1, reading.b2))
 
 

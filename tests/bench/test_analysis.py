@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control
 
-from scripts.bench.analysis import Evidence, holm
+from scripts.bench.analysis import Evidence, holm, read_study
 from scripts.bench.log import append, read_log
 from scripts.bench.study import GPT
 from scripts.bench.verdicts import verdict
@@ -25,7 +25,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def evidence(rows):
-    return Evidence(GPT, rows, num_draws=1000)
+    return read_study(rows, num_draws=1000)["gpt"]
 
 
 @pytest.mark.parametrize("budget", GPT.budgets)
