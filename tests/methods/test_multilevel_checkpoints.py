@@ -145,16 +145,24 @@ def test_other_rules_than_before_are_warned_about(tmp_path):
 
 def test_phases_among_hyper_parameters_can_be_read_back(tmp_path):
     class Module(MultiLevelMixin, TinyModule):
-        def __init__(self, **kwargs):
+        def __init__(self, betas=(0.9, 0.95), **kwargs):
             super().__init__(**kwargs)
             self.save_hyperparameters()
 
     trainer = make_trainer(tmp_path, max_steps=5)
-    phases = [Phase(0, 3), Phase(1)]
-    trainer.fit(Module(multilevel_phases=phases), loader())
+    levels, phases = [Level(width=2, depth=2)], [Phase(0, 3), Phase(1)]
+    module = Module(multilevel_levels=levels, multilevel_phases=phases)
+    trainer.fit(module, loader())
     trainer.save_checkpoint(tmp_path / "module.ckpt")
+    # Of the run itself nothing is changed.
+    assert (module.hparams.multilevel_levels, module.hparams.multilevel_phases) == (levels, phases)
+    saved = torch.load(tmp_path / "module.ckpt", weights_only=True)["hyper_parameters"]
+    assert saved["multilevel_levels"] == [{"width": 2, "depth": 2, "merge_batches": 1}]
+    assert [type(each) for each in saved["multilevel_phases"]] == [dict, dict]
+    assert saved["betas"] == (0.9, 0.95)
     loaded = Module.load_from_checkpoint(tmp_path / "module.ckpt")
-    assert loaded.hparams.multilevel_phases == phases
+    (method,) = loaded.configure_callbacks()
+    assert (method.levels, method.phases) == (levels, phases)
     assert loaded.net.config.n_layer == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -84,3 +85,11 @@ class MultiLevelMixin(ResizableMixin):
         """Add the method's callback to those of the other bases."""
         callbacks = super().configure_callbacks()  # type: ignore[misc]
         return [*(callbacks if isinstance(callbacks, list) else [callbacks]), self._multilevel]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write levels and phases among the hyper-parameters as mappings, which are read where lit-accel is not."""
+        super().on_save_checkpoint(checkpoint)
+        parameters = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})  # type: ignore[attr-defined]
+        for name, value in parameters.items():
+            if isinstance(value, (list, tuple)) and any(isinstance(each, (Level, Phase)) for each in value):
+                parameters[name] = [asdict(each) if isinstance(each, (Level, Phase)) else each for each in value]
