@@ -23,7 +23,7 @@ from scripts.bench.data import data_hash, data_of
 from scripts.bench.jobs import jobs, row_key
 from scripts.bench.log import Row, append, read_log
 from scripts.bench.study import RUNGS
-from scripts.bench.train import ROOT, Job, commit, run_job
+from scripts.bench.train import ROOT, Job, current_commit, run_job
 from scripts.timed_gpt import KEEP_MEMORY
 
 _CLAIMS = ROOT / "runs" / "bench"
@@ -41,7 +41,7 @@ def main() -> None:
         work(os.environ[_WORKER], until)
         return
     rows = read_log()
-    Console().print(f"Commit {commit()}; {len(rows)} runs in the log.")
+    Console().print(f"Commit {current_commit()}; {len(rows)} runs in the log.")
     check_data(rows)
     command = [sys.executable, "-m", "scripts.bench", *sys.argv[1:]]
     # timm too has an attention whose backward pass is slow here; see attention.py.
@@ -84,18 +84,27 @@ def work(name: str, until: float | None) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     console = Console()
+    # That of now: this process goes on with what it has imported, whatever is committed later.
+    commit = current_commit()
+    failed: set[str] = set()
     while until is None or time.time() < until:
         rows = read_log()
         done = {row_key(row) for row in rows}
-        missing = list({job.key: job for job in jobs(rows) if job.key not in done}.values())
+        missing = list({job.key: job for job in jobs(rows) if job.key not in done | failed}.values())
         if not missing:
-            console.print(f"[{name}] nothing is missing", markup=False)
+            console.print(f"[{name}] nothing is missing; {len(failed)} runs failed", markup=False)
             return
         with claimed(missing) as job:
             if job is None:
                 time.sleep(_WAIT)
                 continue
-            row = run_job(job)
+            try:
+                row = run_job(job, commit)
+            except Exception:
+                # One run that cannot be made must not keep the others from it.
+                console.print_exception()
+                failed.add(job.key)
+                continue
             append(row)
         what = f"{job.rung.name} {job.arm.name} x{job.budget:g} {job.stage} lr {job.lr:g} seed {job.seed}"
         console.print(

@@ -11,14 +11,26 @@ from collections.abc import Iterator, Sequence
 from statistics import mean
 
 from scripts.bench.log import Row
-from scripts.bench.study import ARMS, DENSE, GRID, RUNGS, SEEDS, TUNING_SEED, Arm, Rung
+from scripts.bench.study import (
+    ARMS,
+    DENSE,
+    DENSE_RATES,
+    DENSE_SEEDS,
+    GRID,
+    RUNGS,
+    SEEDS,
+    SMALLER_RATES,
+    TUNING_SEED,
+    Arm,
+    Rung,
+)
 from scripts.bench.train import Job
 from scripts.bench.tuning import best_rate, between, next_trial
 
 # Costs of controls are rounded up to this share of a dense run: methods that cost almost the same share a control.
 _SHARE = 0.025
 # The learning rate of smaller models is tuned for one of them.
-_SMALLER_TUNED, _SMALLER = 5, "smaller"
+_SMALLER_TUNED = 5
 
 
 def jobs(rows: Sequence[Row]) -> Iterator[Job]:
@@ -49,20 +61,21 @@ class Study:
     def jobs(self) -> Iterator[Job]:
         """Yield the runs: the frontier, then arm by arm at the first budget, then at the others."""
         first, *others = self.rung.budgets
+        within = [budget for budget in self.rung.dense_budgets if budget <= max(self.rung.budgets)]
         for budget in self.rung.tuned_budgets:
             yield from self.tuning(DENSE, budget)
-        within, beyond = [], []
-        for budget in self.rung.dense_budgets:
-            (within if budget <= max(self.rung.budgets) else beyond).append(budget)
         for budget in within:
-            yield from self.reported(DENSE, budget)
+            yield from self.reported(DENSE, budget, seeds=SEEDS)
+        for budget in within:
+            if budget <= first:
+                yield from self.reported(DENSE, budget)
         for arm in self.others:
             yield from self.tuned_itself(arm)
             yield from self.reported(arm, first)
             if arm.role == "method":
                 yield from self.tuned_itself(self.smaller_tuned)
                 yield from self.controls(arm, first)
-        for budget in beyond:
+        for budget in self.rung.dense_budgets:
             yield from self.reported(DENSE, budget)
         for budget in others:
             for arm in self.others:
@@ -82,7 +95,7 @@ class Study:
 
     def tuned_itself(self, arm: Arm) -> Iterator[Job]:
         """Yield the trials of an arm that does not take over the learning rate of another."""
-        if self.rung.tunes_methods and arm.lr_of in (None, _SMALLER):
+        if self.rung.tunes_methods and (arm.lr_of is None or arm == self.smaller_tuned):
             yield from self.tuning(arm, self.rung.tuned_budgets[0])
 
     def tuning(self, arm: Arm, budget: float) -> Iterator[Job]:
@@ -93,24 +106,32 @@ class Study:
         if all(rate in losses for rate in GRID) and (rate := next_trial(losses)) is not None:
             yield self._job(arm, "tune", budget, rate, TUNING_SEED)
 
-    def reported(self, arm: Arm, budget: float, share: float = 1.0) -> Iterator[Job]:
+    def reported(
+        self, arm: Arm, budget: float, share: float = 1.0, seeds: tuple[int, ...] | None = None
+    ) -> Iterator[Job]:
         """Yield the runs of an arm that are reported, if its learning rate is known.
 
         Args:
             arm: The arm.
             budget: The budget.
             share: Which part of the budget's steps it has.
+            seeds: Some of its seeds; default is all.
         """
         rate = self.learning_rate(arm, budget * share)
         if rate is not None:
-            for seed in arm.seeds:
+            for seed in seeds or self.seeds(arm, budget):
                 yield self._job(arm, "report", budget, rate, seed, share)
+
+    def seeds(self, arm: Arm, budget: float) -> tuple[int, ...]:
+        """Return the seeds of an arm at a budget."""
+        is_frontier = arm.role == "dense" and budget <= max(self.rung.budgets)
+        return DENSE_SEEDS if is_frontier else arm.seeds
 
     def controls(self, arm: Arm, budget: float) -> Iterator[Job]:
         """Yield dense runs at a method's cost (B1), and those of a smaller model in as many steps (B2)."""
         share = self.share(arm, budget)
         if share is not None:
-            yield from self.reported(shorter(b1_share(share)), budget, b1_share(share))
+            yield from self.reported(shorter(share), budget, b1_share(share))
             yield from self.reported(smaller(self.rung, b2_depth(self.rung, share)), budget)
 
     def trials(self, arm: Arm, budget: float) -> dict[float, float]:
@@ -120,7 +141,7 @@ class Study:
             if (row["stage"], row["arm"], row["budget"]) == ("tune", arm.name, budget):
                 job = self._job(arm, "tune", budget, row["lr"], TUNING_SEED)
                 if job.config_hash == row["config"]:
-                    found[row["lr"]] = row["val_loss"]
+                    found[row["lr"]] = row["val_loss"] if math.isfinite(row["val_loss"]) else math.inf
         return found
 
     def tuned(self, arm: Arm, budget: float) -> float | None:
@@ -138,24 +159,23 @@ class Study:
         """
         rates = {tuned: self.tuned(DENSE, tuned) for tuned in self.rung.tuned_budgets}
         dense = {tuned: rate for tuned, rate in rates.items() if rate is not None}
-        if len(dense) < len(rates):
+        factor = self.factor(arm)
+        if len(dense) < len(rates) or factor is None:
             return None
-        here = between(dense, budget)
-        factor: float | None = 1.0
-        if arm.lr_of is None and arm.role != "dense":
-            factor = self.factor(arm)
-        elif arm.lr_of == _SMALLER:
-            factor = self.factor(self.smaller_tuned)
-        return None if factor is None else float(f"{here * factor * arm.lr_factor:.3g}")
+        return float(f"{between(dense, budget) * factor * arm.lr_factor:.3g}")
 
     def factor(self, arm: Arm) -> float | None:
         """Return an arm's best learning rate in parts of the dense one at the budget of all tunings.
 
         A rung that tunes no methods takes it from the first rung.
         """
+        if arm.role == "dense" or arm.lr_of == DENSE_RATES:
+            return 1.0
         if not self.rung.tunes_methods:
             first = Study(next(iter(RUNGS.values())), self._all)
-            return first.factor(first.smaller_tuned if arm.lr_of == _SMALLER else first.arms[arm.name])
+            return first.factor(arm if arm.lr_of else first.arms[arm.name])
+        if arm.lr_of is not None:
+            arm = self.smaller_tuned if arm.lr_of == SMALLER_RATES else self.arms[arm.lr_of]
         budget = self.rung.tuned_budgets[0]
         own, dense = self.tuned(arm, budget), self.tuned(DENSE, budget)
         return None if own is None or dense is None else own / dense
@@ -163,7 +183,11 @@ class Study:
     def share(self, arm: Arm, budget: float) -> float | None:
         """Return what an arm costs in parts of a dense run of as many steps, once all its seeds are in the log."""
         found = self.finished(arm, budget)
-        return None if len(found) < len(arm.seeds) else mean(row["flops"] / row["dense_flops"] for row in found)
+        return (
+            None
+            if len(found) < len(self.seeds(arm, budget))
+            else mean(row["flops"] / row["dense_flops"] for row in found)
+        )
 
     def finished(self, arm: Arm, budget: float, share: float = 1.0) -> list[Row]:
         """Return the reported runs of an arm at a budget that are in the log, as the registry has them now."""
@@ -185,7 +209,7 @@ def row_key(row: Row) -> str:
 
 def b1_share(share: float) -> float:
     """Return the steps of the dense control of a method's cost, in parts of the method's own."""
-    return min(1.0, math.ceil(share / _SHARE - 1e-6) * _SHARE)
+    return math.ceil(share / _SHARE - 1e-6) * _SHARE
 
 
 def b2_depth(rung: Rung, share: float) -> int:
@@ -195,11 +219,14 @@ def b2_depth(rung: Rung, share: float) -> int:
 
 
 def shorter(share: float) -> Arm:
-    """Return the control B1."""
-    return Arm(f"dense-{share:g}", f"dense, {share:.1%} of the steps", "control", lr_of="dense", seeds=SEEDS)
+    """Return the control B1 of a method that costs a share of a dense run."""
+    part = b1_share(share)
+    if part == 1:
+        return DENSE
+    return Arm(f"dense-{part:g}", f"dense, {part:.1%} of the steps", "control", lr_of=DENSE_RATES)
 
 
 def smaller(rung: Rung, depth: int) -> Arm:
     """Return the control B2."""
     title = f"dense, {depth} blocks"
-    return Arm(f"smaller-{depth}", title, "control", changes={rung.depth: depth}, lr_of=_SMALLER)
+    return Arm(f"smaller-{depth}", title, "control", changes={rung.depth: depth}, lr_of=SMALLER_RATES)

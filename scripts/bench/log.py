@@ -23,7 +23,8 @@ def read_log(path: Path | None = None) -> list[Row]:
     path = path or LOG
     if not path.exists():
         return []
-    rows: list[Row] = [json.loads(line) for line in path.read_text().splitlines()]
+    # A process that died while it wrote leaves a line without an end, whose run is made anew.
+    rows: list[Row] = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     for rung in {row["rung"] for row in rows}:
         found = {row["data"] for row in rows if row["rung"] == rung}
         if len(found) > 1:
@@ -41,9 +42,17 @@ def append(row: Row, path: Path | None = None) -> None:
         row: The row.
         path: The log, if it is not that of the study.
     """
-    handle = os.open(path or LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    handle = os.open(path or LOG, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
+        _cut_unfinished_line(handle)
         os.write(handle, (json.dumps(row) + "\n").encode())
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _cut_unfinished_line(handle: int) -> None:
+    size = os.fstat(handle).st_size
+    tail = os.pread(handle, min(size, 1 << 16), max(0, size - (1 << 16)))
+    if tail and not tail.endswith(b"\n"):
+        os.ftruncate(handle, size - len(tail) + tail.rfind(b"\n") + 1)

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from scripts.bench.attention import NAME as SHORT_SEQUENCES
 
+# What an arm can take its learning rates from, beside other arms: dense training, and the smaller model that is tuned.
+DENSE_RATES, SMALLER_RATES = "dense", "smaller"
 Role = Literal["dense", "null", "control", "method"]
 Schedule = Literal["linear", "layer_token", "layer_token_held", "none"]
 Options = Mapping[str, Any]
@@ -20,10 +22,12 @@ Options = Mapping[str, Any]
 GRID = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
 EXTENSIONS = 2
 SEEDS = (0, 1, 2)
+# Of the dense runs up to the largest budget of the methods: three do not say how much dense training scatters.
+DENSE_SEEDS = (0, 1, 2, 3, 4, 5)
 # Not among those that are reported.
 TUNING_SEED = 100
 # Of the null method: with the dense runs' own seeds it would be the dense runs.
-NULL_SEEDS = (10, 11, 12)
+NULL_SEEDS = (10, 11, 12, 13, 14, 15)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Arm:
             tokens. ``layer_token_held``: the learning rates of the latter, in dense training. ``none``: the method's.
         changes: Arguments of the model's configuration that are different.
         lr_factor: Of the learning rate that is taken over.
-        lr_of: The arm whose learning rates are taken over; by default the arm is tuned itself.
+        lr_of: The arm whose learning rates are taken over, :data:`DENSE_RATES` or :data:`SMALLER_RATES`; by default
+            the arm is tuned itself.
         seeds: Seeds of the reported runs.
     """
 
@@ -117,7 +122,7 @@ GPT = Rung(
         {"source": "stdlib", "tokenizer": "bytes", "block_size": 128, "batch_size": 16, "val_batches": 64},
     ),
     unit_steps=1080,
-    dense_budgets=(0.5, 1.0, 2.0, 4.0),
+    dense_budgets=(0.25, 0.5, 1.0, 2.0, 4.0),
     budgets=(1.0, 2.0),
     tuned_budgets=(0.5, 2.0),
     tokens_per_step=2048,
@@ -131,8 +136,8 @@ _HALF = {"n_embd": 48, "n_head": 2, "n_layer": 4}
 _ENTRIES = {"ffn_units": "element", "attention_units": "element", "update_every": 20}
 _GPT_ARMS = (
     DENSE,
-    Arm("null", "null method (dense, other seeds)", role="null", lr_of="dense", seeds=NULL_SEEDS),
-    Arm("half-lr", "dense, half the learning rate", role="control", lr_of="dense", lr_factor=0.5),
+    Arm("null", "null method (dense, other seeds)", role="null", lr_of=DENSE_RATES, seeds=NULL_SEEDS),
+    Arm("half-lr", "dense, half the learning rate", role="control", lr_of=DENSE_RATES, lr_factor=0.5),
     Arm("vcycle", "V-cycle, correction rule", callbacks=(_VCYCLE,)),
     Arm(
         "pld-paper",
@@ -197,7 +202,7 @@ VIT = Rung(
         {"source": "fashion_mnist", "image_size": 28, "in_chans": 1, "batch_size": 32, "val_batches": 64},
     ),
     unit_steps=900,
-    dense_budgets=(0.5, 1.0, 2.0),
+    dense_budgets=(0.25, 0.5, 1.0, 2.0),
     budgets=(1.0,),
     tuned_budgets=(1.0,),
     tokens_per_step=32 * 50,
@@ -206,7 +211,12 @@ VIT = Rung(
 )
 _VIT_ARMS = (
     *_OF_BOTH,
-    Arm("ltd-input", "patches dropped at the input", callbacks=(("RandomLTD", {**_LTD, "scope": "input"}),)),
+    Arm(
+        "ltd-patches",
+        "patches dropped at the input",
+        callbacks=(("RandomLTD", {**_LTD, "scope": "input"}),),
+        lr_of="ltd",
+    ),
 )
 
 RUNGS: dict[str, Rung] = {GPT.name: GPT, VIT.name: VIT}

@@ -63,7 +63,7 @@ class Job:
 
     @property
     def config(self) -> dict[str, Any]:
-        """All that says what is trained, but for the seed."""
+        """The model, the data, the method, the steps and the learning rate; what all arms share is in the commit."""
         return {
             "task": self.rung.task,
             "model": _model(self.rung, self.arm),
@@ -77,7 +77,7 @@ class Job:
     @property
     def config_hash(self) -> str:
         """A hash of :attr:`config`."""
-        return sha256(dumps(self.config, sort_keys=True, default=list).encode()).hexdigest()[:16]
+        return sha256(dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def key(self) -> str:
@@ -85,8 +85,15 @@ class Job:
         return f"{self.rung.name}.{self.arm.name}.{self.stage}.{self.budget:g}.{self.config_hash}.{self.seed}"
 
 
-def run_job(job: Job) -> dict[str, Any]:
-    """Train, and return a row of the log."""
+def run_job(job: Job, commit: str) -> dict[str, Any]:
+    """Train, and return a row of the log.
+
+    Args:
+        job: The run.
+        commit: What this process has imported.
+    """
+    if job.curve and job.num_steps % _CURVE_POINTS:
+        raise ValueError(f"{job.key} has {job.num_steps} steps, which {_CURVE_POINTS} evaluations do not divide.")
     torch.set_num_threads(1)
     before = reference_step(job.rung)
     L.seed_everything(job.seed, verbose=False)
@@ -105,7 +112,7 @@ def run_job(job: Job) -> dict[str, Any]:
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             gradient_clip_val=1.0,
-            callbacks=[ComputeLedger(folder=folder, print_table=False), *_callbacks(job.arm), clock],
+            callbacks=[ComputeLedger(folder=folder, print_table=False), *_callbacks(job), clock],
             default_root_dir=folder,
             logger=False,
             enable_checkpointing=False,
@@ -138,7 +145,7 @@ def run_job(job: Job) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "config": job.config_hash,
         "data": data_hash(data),
-        "commit": commit(),
+        "commit": commit,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "provenance": provenance(),
     }
@@ -154,7 +161,7 @@ def module_of(rung: Rung, arm: Arm, lr: float, num_steps: int) -> Any:
     )
 
 
-def commit() -> str:
+def current_commit() -> str:
     """Return the commit that runs.
 
     Raises:
@@ -174,8 +181,10 @@ def _model(rung: Rung, arm: Arm) -> dict[str, Any]:
     return {**rung.model, rung.sizes: {**rung.model[rung.sizes], **arm.changes}}
 
 
-def _callbacks(arm: Arm) -> list[L.Callback]:
-    return [getattr(lit_accel, name)(**options) for name, options in arm.callbacks]
+def _callbacks(job: Job) -> list[L.Callback]:
+    """Make the methods; what they draw is drawn anew with each seed of the run."""
+    kinds = [(getattr(lit_accel, name), options) for name, options in job.arm.callbacks]
+    return [kind(**options, **({"seed": job.seed} if "seed" in _defaults(kind) else {})) for kind, options in kinds]
 
 
 def _resizes(arm: Arm) -> bool:

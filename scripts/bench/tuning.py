@@ -39,7 +39,7 @@ def best_rate(losses: Mapping[float, float]) -> float:
     At an end of the grid it is the end.
 
     Args:
-        losses: Held-out losses of the trials; the grid is one of factors of 2.
+        losses: Held-out losses of the trials, infinite where they diverged; the grid is one of factors of 2.
 
     Returns:
         The learning rate to three digits: what is written in the log is what is trained with.
@@ -48,7 +48,8 @@ def best_rate(losses: Mapping[float, float]) -> float:
     if not is_interior(losses):
         return best
     below, here, above = losses[best / _STEP], losses[best], losses[best * _STEP]
-    shift = (below - above) / (2 * (below - 2 * here + above))
+    # A trial that diverged has no loss: beside it, the parabola is as steep as can be.
+    shift = -0.5 if math.isinf(above) else (below - above) / (2 * (below - 2 * here + above))
     return _three_digits(best * _STEP**shift)
 
 

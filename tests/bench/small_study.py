@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from scripts.bench import __main__ as runner
-from scripts.bench import log, study, train
+from scripts.bench import log, study
 
 _SIZES = {**study.GPT.model["overrides"], "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16}
 SMALL = replace(
@@ -30,7 +30,7 @@ def install(folder: Path) -> None:
     study.RUNGS["small"], study.ARMS["small"] = SMALL, (study.DENSE,)
     log.LOG = folder / "log.jsonl"
     runner._CLAIMS = folder / "claims"
-    train.commit = lambda: "of a test"
+    runner.current_commit = lambda: "of a test"
 
 
 if __name__ == "__main__":

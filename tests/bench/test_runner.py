@@ -12,6 +12,7 @@ import pytest
 from scripts.bench.__main__ import check_data
 from scripts.bench.data import data_hash, data_of
 from scripts.bench.jobs import jobs, row_key
+from scripts.bench.log import append, read_log
 from scripts.bench.study import DENSE, GPT, NULL_SEEDS, SEEDS, TUNING_SEED
 from scripts.bench.train import Job, run_job
 from tests.bench import small_study
@@ -59,10 +60,9 @@ def test_a_killed_runner_is_taken_up_by_two_that_share_the_rest(tmp_path):
     assert {row["commit"] for row in after} == {"of a test"}
 
 
-def test_a_run_that_is_made_anew_ends_bitwise_where_it_would_have(monkeypatch):
-    monkeypatch.setattr("scripts.bench.train.commit", lambda: "of a test")
+def test_a_run_that_is_made_anew_ends_bitwise_where_it_would_have():
     job = Job(small_study.SMALL, DENSE, "report", 1.0, 60, 4e-3, 0)
-    one, other = run_job(job), run_job(job)
+    one, other = run_job(job, "of a test"), run_job(job, "of a test")
     assert one["val_loss"] == other["val_loss"]
     assert one["flops"] == other["flops"] == one["dense_flops"]
     assert one["config"] == other["config"] == job.config_hash
@@ -76,6 +76,17 @@ def test_other_data_than_those_of_the_log_are_refused_before_anything_runs():
     check_data([{"rung": "gpt", "data": data_hash(data)}])
     with pytest.raises(SystemExit, match="standard library differs between versions of Python"):
         check_data([{"rung": "gpt", "data": "another"}])
+
+
+def test_a_line_that_was_cut_off_is_made_anew(tmp_path):
+    path = tmp_path / "log.jsonl"
+    rows = [{"rung": "gpt", "data": "x", "number": number} for number in range(3)]
+    append(rows[0], path)
+    append(rows[1], path)
+    path.write_bytes(path.read_bytes()[:-7])
+    assert read_log(path) == rows[:1]
+    append(rows[2], path)
+    assert read_log(path) == [rows[0], rows[2]]
 
 
 def test_nothing_is_reported_before_it_was_tuned():
