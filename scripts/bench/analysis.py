@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from statistics import fmean, stdev
 
@@ -15,12 +16,14 @@ from lit_accel.report.noise import Cell, scatter
 from lit_accel.report.saving import Saving, saving_against
 from scripts.bench.jobs import Study, b1_share, b2_depth, shorter, smaller
 from scripts.bench.log import Row
-from scripts.bench.study import DENSE, RUNGS, Arm, Rung
+from scripts.bench.study import ARMS, DENSE, RUNGS, SEEDS, Arm, Rung
 
 NUM_DRAWS = 10_000
 CONFIDENCE = 0.95
-# Of FLOPs that are as good as all of dense training's, no share can arrive as seconds.
-_NOTHING_SAVED = 0.02
+# What was to be saved, as a logarithm, must be so many standard errors and at least so much to speak of a share of it.
+_ERRORS_APART, _LEAST = 2.0, 0.02
+# Dense steps that are timed within so many seconds of a run say how fast the machine was.
+_WINDOW = 90 * 60
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class End:
 
     Args:
         flops: FLOPs that were spent.
-        seconds: CPU seconds of training in dense optimizer steps, timed right before and after the run.
+        seconds: CPU seconds of training in dense optimizer steps.
         loss: Held-out loss of the full model.
         seed: The seed.
         dense_flops: What the full model would have paid for the same batches.
@@ -42,18 +45,6 @@ class End:
     seed: int
     dense_flops: float
     num_steps: int
-
-    @staticmethod
-    def of(row: Row) -> End:
-        """Take what counts of a row of the log."""
-        return End(
-            flops=row["flops"],
-            seconds=row["cpu_seconds"] / fmean(row["reference_step"]),
-            loss=row["val_loss"],
-            seed=row["seed"],
-            dense_flops=row["dense_flops"],
-            num_steps=row["num_steps"],
-        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +76,8 @@ class Reading:
         in_flops: What it saved in FLOPs.
         in_seconds: What it saved in seconds.
         flops_share: FLOPs in parts of a dense run of as many steps.
-        seconds_share: Seconds in parts of such a run; ``None`` while there is none.
+        seconds_share: Seconds in parts of such a run, and the standard error of its logarithm; ``None`` while there is
+            none.
         paired: Mean and standard deviation of the difference in loss to dense runs of as many steps and the same seed.
         b1: Against dense training of the same cost.
         b2: Against a smaller dense model.
@@ -98,7 +90,7 @@ class Reading:
     in_flops: Saving
     in_seconds: Saving
     flops_share: float
-    seconds_share: float | None
+    seconds_share: tuple[float, float] | None
     paired: tuple[float, float] | None
     b1: Gap | None
     b2: Gap | None
@@ -109,11 +101,18 @@ class Reading:
         return mean_and_deviation([end.loss for end in self.ends])
 
     @property
-    def realised_share(self) -> float | None:
-        """Which share of the counted saving a step has arrived as seconds, on the scale of logarithms."""
-        if self.seconds_share is None or self.flops_share > 1 - _NOTHING_SAVED:
+    def realised_share(self) -> tuple[float, float] | None:
+        """Which share of the counted saving of a step arrived as seconds, on the scale of logarithms, and its error.
+
+        ``None`` where so little was to be saved that the error would be as large as the share.
+        """
+        if self.seconds_share is None:
             return None
-        return float(np.log(self.seconds_share) / np.log(self.flops_share))
+        share, error = self.seconds_share
+        counted = float(np.log(self.flops_share))
+        if abs(counted) <= max(_LEAST, _ERRORS_APART * error):
+            return None
+        return float(np.log(share)) / counted, error / abs(counted)
 
 
 class Evidence:
@@ -133,19 +132,37 @@ class Evidence:
 
     def ends(self, arm: Arm, budget: float, share: float = 1.0) -> tuple[End, ...]:
         """Return the runs of an arm at a budget, by seed."""
-        found = [End.of(row) for row in self.study.finished(arm, budget, share)]
+        found = [
+            End(
+                flops=row["flops"],
+                seconds=row["cpu_seconds"] / self._dense_step(row),
+                loss=row["val_loss"],
+                seed=row["seed"],
+                dense_flops=row["dense_flops"],
+                num_steps=row["num_steps"],
+            )
+            for row in self.study.finished(arm, budget, share)
+        ]
         return tuple(sorted(found, key=lambda end: end.seed))
 
     def is_complete(self, arm: Arm, budget: float, share: float = 1.0) -> bool:
         """Whether all seeds of an arm are in the log."""
-        return len(self.ends(arm, budget, share)) == len(arm.seeds)
+        return len(self.ends(arm, budget, share)) == len(self.study.seeds(arm, budget))
+
+    @cached_property
+    def _dense_steps(self) -> np.ndarray:
+        """Seconds of dense steps, with when they were timed; of shape (timings, 2)."""
+        return np.array([[_when(row), seconds] for row in self.study.rows for seconds in row["reference_step"]])
+
+    def _dense_step(self, row: Row) -> float:
+        near = np.abs(self._dense_steps[:, 0] - _when(row)) <= _WINDOW
+        return float(np.median(self._dense_steps[near, 1]))
 
     @cached_property
     def dense(self) -> dict[float, tuple[End, ...]]:
-        """The dense runs of the frontier, by those of its budgets that are complete."""
-        return {
-            budget: self.ends(DENSE, budget) for budget in self.rung.dense_budgets if self.is_complete(DENSE, budget)
-        }
+        """The dense runs of the frontier, by budget; budgets that have as many seeds as methods have."""
+        found = {budget: self.ends(DENSE, budget) for budget in self.rung.dense_budgets}
+        return {budget: ends for budget, ends in found.items() if len(ends) >= len(SEEDS)}
 
     @cached_property
     def in_flops(self) -> Frontier:
@@ -158,13 +175,30 @@ class Evidence:
         return fit_frontier([end for ends in self.dense.values() for end in ends], "seconds")
 
     @cached_property
+    def _groups(self) -> list[tuple[End, ...]]:
+        """All reported runs that differ in nothing but their seed, dense and controls too."""
+        return list(self.dense.values()) + [
+            ends
+            for budget in self.rung.budgets
+            for arm, share in self._all_arms(budget)
+            if len(ends := self.ends(arm, budget, share)) > 1
+        ]
+
+    def _all_arms(self, budget: float) -> Iterator[tuple[Arm, float]]:
+        seen = {DENSE.name}
+        for arm in self.study.others:
+            yield arm, 1.0
+            if arm.role == "method" and (share := self.study.share(arm, budget)) is not None:
+                depth = b2_depth(self.rung, share)
+                for control, part in ((shorter(share), b1_share(share)), (smaller(self.rung, depth), 1.0)):
+                    if control.name not in seen:
+                        seen.add(control.name)
+                        yield control, part
+
+    @cached_property
     def deviation(self) -> tuple[float, int]:
         """Standard deviation of losses between seeds, pooled over all cells, and its degrees of freedom."""
-        groups: dict[tuple[str, str], list[float]] = {}
-        for row in self.study.rows:
-            if row["stage"] == "report":
-                groups.setdefault((row["arm"], row["config"]), []).append(row["val_loss"])
-        cells = [Cell(np.zeros(len(losses)), np.array(losses)) for losses in groups.values()]
+        cells = [Cell.of(ends, "flops") for ends in self._groups]
         return scatter(cells) or float("nan"), sum(len(cell.losses) - 1 for cell in cells)
 
     def slope(self, budget: float) -> float:
@@ -192,48 +226,46 @@ class Evidence:
 
     def _read(self, arm: Arm, budget: float) -> Reading:
         ends = self.ends(arm, budget)
-        flops, seconds = Cell.of(ends, "flops"), Cell.of(ends, "seconds")
-        dense = {end.seed: end for end in self.dense.get(budget, ())}
-        paired = [end.loss - dense[end.seed].loss for end in ends if end.seed in dense]
+        dense = self.dense.get(budget, ())
+        by_seed = {end.seed: end for end in dense}
+        paired = [end.loss - by_seed[end.seed].loss for end in ends if end.seed in by_seed]
         share = fmean(end.flops / end.dense_flops for end in ends)
         b1 = b2 = None
         if arm.role == "method":
-            part = b1_share(share)
-            b1 = self._gap(ends, self.ends(shorter(part), budget, part), shorter(part).title)
             small = smaller(self.rung, b2_depth(self.rung, share))
-            b2 = self._gap(ends, self.ends(small, budget), small.title, at_equal_cost=True)
+            b1 = self._gap(ends, shorter(share), budget, b1_share(share))
+            b2 = self._gap(ends, small, budget)
+        flops, seconds = ([Cell.of(group, cost) for group in self._groups] for cost in ("flops", "seconds"))
         return Reading(
             arm=arm,
             budget=budget,
             lr=self.study.learning_rate(arm, budget) or float("nan"),
             ends=ends,
-            in_flops=saving_against(self.in_flops, flops, [flops], self.num_draws),
-            in_seconds=saving_against(self.in_seconds, seconds, [seconds], self.num_draws),
+            in_flops=saving_against(self.in_flops, Cell.of(ends, "flops"), flops, self.num_draws),
+            in_seconds=saving_against(self.in_seconds, Cell.of(ends, "seconds"), seconds, self.num_draws),
             flops_share=share,
-            seconds_share=fmean(e.seconds for e in ends) / fmean(e.seconds for e in dense.values()) if dense else None,
+            seconds_share=_ratio([end.seconds for end in ends], [end.seconds for end in dense]),
             paired=mean_and_deviation(paired) if len(paired) > 1 else None,
             b1=b1,
             b2=b2,
         )
 
-    def _gap(
-        self, ends: Sequence[End], controls: Sequence[End], name: str, *, at_equal_cost: bool = False
-    ) -> Gap | None:
-        """Compare with a control; along the frontier its loss is carried over to the method's cost if that differs."""
-        if len(controls) < 2:
+    def _gap(self, ends: Sequence[End], control: Arm, budget: float, share: float = 1.0) -> Gap | None:
+        """Compare with a control, whose loss is carried along the frontier to the method's cost."""
+        others = self.ends(control, budget, share)
+        curve = self.in_flops.curve
+        if curve is None or len(others) < len(self.study.seeds(control, budget)):
             return None
-        moved = 0.0
-        if at_equal_cost:
-            if self.in_flops.curve is None:
-                return None
-            costs = np.log([fmean(end.flops for end in ends), fmean(end.flops for end in controls)])
-            here, there = self.in_flops.curve.loss(costs)
-            moved = float(here - there)
-        mean = fmean(end.loss for end in ends) - fmean(end.loss for end in controls) - moved
+        costs = np.array([np.mean([np.log(end.flops) for end in group]) for group in (ends, others)])
+        low, high = self.in_flops.log_costs
+        if costs.min() < low or costs.max() > high:
+            return None
+        here, there = curve.loss(costs)
+        mean = fmean(end.loss for end in ends) - fmean(end.loss for end in others) - float(here - there)
         deviation, num_free = self.deviation
-        error = deviation * np.sqrt(1 / len(ends) + 1 / len(controls))
+        error = deviation * np.sqrt(1 / len(ends) + 1 / len(others))
         reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_free) * error)
-        return Gap(name, mean, mean - reach, mean + reach)
+        return Gap(control.title, mean, mean - reach, mean + reach)
 
     def fake_savings(self) -> list[tuple[float, float, float]]:
         """Return what is "saved" by no method at all when a longer dense run is read in mid-way.
@@ -267,7 +299,11 @@ def read_study(rows: Sequence[Row], num_draws: int = NUM_DRAWS) -> dict[str, Evi
         for reading in evidence.readings
         if reading.arm.role == "method" and reading.in_flops.p_value is not None
     ]
-    for (evidence, reading, _), p in zip(tested, holm([p for _, _, p in tested]), strict=True):
+    # Those that are missing count as not significant: a verdict must not change because others come in.
+    registered = [(rung, arm) for rung in RUNGS.values() for arm in ARMS[rung.name] if arm.role == "method"]
+    num_missing = sum(len(rung.budgets) for rung, _ in registered) - len(tested)
+    corrected = holm([p for _, _, p in tested] + [1.0] * num_missing)
+    for (evidence, reading, _), p in zip(tested, corrected, strict=False):
         evidence.p_values[reading.arm.name, reading.budget] = p
     return found
 
@@ -275,7 +311,8 @@ def read_study(rows: Sequence[Row], num_draws: int = NUM_DRAWS) -> dict[str, Evi
 def _passed(curve: Sequence[tuple[float, float]], end: End) -> float | None:
     """Return what a completed run saved over the cost at which the curve of another passed its loss."""
     costs, losses = np.array(curve).T
-    # The rows in mid-way only, so rising losses towards the end of the curve do not occur; np.interp wants rising ones.
+    # When it was passed for the first time, if it went up and down.
+    losses = np.minimum.accumulate(losses)
     if not losses.min() <= end.loss <= losses.max():
         return None
     log_cost = np.interp(-end.loss, -losses, np.log(costs))
@@ -290,6 +327,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def _ratio(values: Sequence[float], others: Sequence[float]) -> tuple[float, float] | None:
+    """Return the ratio of two geometric means, and the standard error of its logarithm."""
+    if len(values) < 2 or len(others) < 2:
+        return None
+    one, other = np.log(values), np.log(others)
+    error = np.sqrt(one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other))
+    return float(np.exp(one.mean() - other.mean())), float(error)
+
+
+def _when(row: Row) -> float:
+    return datetime.fromisoformat(row["time"]).timestamp()
 
 
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:

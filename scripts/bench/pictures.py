@@ -19,8 +19,10 @@ from scripts.bench.study import DENSE, GRID
 
 _GREY, _GRID = "#808080", "#e3e3e3"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-# What a saving's axis shows; beyond it intervals end in arrows.
-_LEAST, _MOST = -0.6, 0.5
+# Of the tunings' axis, in nats above the best trial.
+_TOP = 0.3
+# What a saving's axis shows; what lies beyond is an arrow at its edge.
+_LEAST, _MOST, _EDGE = -0.6, 0.6, 0.02
 
 
 def draw(evidence: Evidence, folder: Path) -> list[Path]:
@@ -102,7 +104,7 @@ def _savings(evidence: Evidence) -> Figure:
     panels[0].invert_yaxis()
     for number, budget in enumerate(evidence.rung.budgets):
         panels[0].plot([], [], _MARKERS[number], color=COLOURS[number][0], label=f"budget x{budget:g}")
-    panels[1].plot([], [], "<", color=_GREY, label="below all that dense runs show")
+    panels[1].plot([], [], "<", color=_GREY, label="beyond the axis, or worse than all dense runs")
     figure.legend(loc="outside lower center", ncols=len(evidence.rung.budgets) + 1, frameon=False, fontsize=9)
     _title(figure, f"Saved against tuned dense training ({evidence.rung.title})")
     return figure
@@ -112,13 +114,15 @@ def _interval(panel: Axes, row: int, reading: Reading, saving: Saving, evidence:
     order = evidence.rung.budgets.index(reading.budget)
     height = row + 0.24 * (order - (len(evidence.rung.budgets) - 1) / 2)
     colour = COLOURS[order][0]
-    if saving.share is None or saving.share < _LEAST:
-        panel.plot(_LEAST + 0.03, height, "<", color=colour, ms=7, mec="white")
-        return
-    if saving.low is not None and saving.high is not None:
-        ends = np.clip([saving.low, saving.high], _LEAST, _MOST)
+    best, worst = evidence.in_flops.losses
+    share, low, high = saving.share, saving.low, saving.high
+    if share is None:
+        share = -np.inf if reading.loss[0] > worst else np.inf if reading.loss[0] < best else np.nan
+    if low is not None and high is not None:
+        ends = np.clip([low, high], _LEAST, _MOST)
         panel.plot(ends, [height, height], color=colour, linewidth=2, solid_capstyle="butt")
-    panel.plot(saving.share, height, _MARKERS[order], color=colour, ms=6, mec="white")
+    marker = "<" if share < _LEAST else ">" if share > _MOST else _MARKERS[order]
+    panel.plot(np.clip(share, _LEAST + _EDGE, _MOST - _EDGE), height, marker, color=colour, ms=6.5, mec="white")
 
 
 def _tunings(evidence: Evidence) -> Figure:
@@ -133,9 +137,12 @@ def _tunings(evidence: Evidence) -> Figure:
     for panel, (title, losses) in zip(panels.flat, found, strict=False):
         rates = sorted(losses)
         best = min(losses.values())
-        panel.plot(rates, [losses[rate] - best for rate in rates], "o-", color=COLOURS[0][0], ms=4, linewidth=1.2)
+        above = np.array([losses[rate] - best for rate in rates])
+        panel.plot(rates, above, "o-", color=COLOURS[0][0], ms=4, linewidth=1.2)
+        beyond = above > _TOP
+        panel.plot(np.array(rates)[beyond], np.full(beyond.sum(), 0.95 * _TOP), "^", color=COLOURS[1][0], ms=6)
         panel.set_xscale("log")
-        panel.set_ylim(-0.02, 0.3)
+        panel.set_ylim(-0.02, _TOP)
         panel.xaxis.set_major_locator(FixedLocator(GRID))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1000 * value:g}"))
         panel.xaxis.set_minor_locator(NullLocator())
@@ -145,7 +152,7 @@ def _tunings(evidence: Evidence) -> Figure:
         panel.set_visible(False)
     figure.supxlabel("learning rate, thousandths", fontsize=9)
     figure.supylabel("nats above the best trial", fontsize=9)
-    _title(figure, "Every arm's learning rate was tuned with as many trials")
+    _title(figure, "Every arm's learning rate was tuned on the same grid (arrows: beyond the axis)")
     return figure
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from scripts.bench import pictures, tables
 from scripts.bench.analysis import Evidence, read_study
 from scripts.bench.log import read_log
+from scripts.bench.study import RUNGS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "results"
@@ -16,9 +17,10 @@ FOLDER = ROOT / "docs" / "results"
 _CARDS = {
     "multilevel": ("vcycle", "vcycle-paper", "small-expanded", "vcycle-ltd"),
     "layer_dropping": ("pld-paper", "dropping-decreasing", "sbld"),
-    "token_dropping": ("ltd", "ltd-ltlr", "dense-ltlr", "ltd-route", "ltd-input", "vcycle-ltd"),
+    "token_dropping": ("ltd", "ltd-ltlr", "dense-ltlr", "ltd-route", "ltd-input", "ltd-patches", "vcycle-ltd"),
     "mixed_sparsity": ("mst-units", "mst-entries"),
 }
+_PARTS = ("regime", "frontier", "checks", "verdicts", "savings", "costs", "tuning")
 _HOW_TO_READ = (
     "FLOPs and seconds are those of a run in parts of a dense run of as many steps; *saved* is at equal loss, against\n"
     "the tuned dense frontier, with 95 % intervals; *above B1* and *above B2* are nats above dense training of the\n"
@@ -38,7 +40,11 @@ def blocks() -> dict[Path, dict[str, str]]:
     rows = read_log()
     found = evidence()
     study = {"study:state": tables.state(rows)}
-    for name, each in found.items():
+    for name in RUNGS:
+        each = found.get(name)
+        if each is None:
+            study |= {f"study:{name}:{part}": "Not run yet." for part in _PARTS}
+            continue
         study |= {
             f"study:{name}:regime": tables.regime(each.rung),
             f"study:{name}:frontier": tables.frontier_table(each),

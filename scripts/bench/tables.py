@@ -8,7 +8,7 @@ from statistics import fmean
 
 from scipy import stats
 
-from lit_accel.report.frontier import amount
+from lit_accel.report.frontier import NUM_BUDGETS, amount
 from lit_accel.report.saving import Saving
 from scripts.bench.analysis import CONFIDENCE, Evidence, Gap, Reading, mean_and_deviation
 from scripts.bench.jobs import jobs, row_key
@@ -68,6 +68,7 @@ def _noise(evidence: Evidence) -> str:
     if curve is None:
         return f"No frontier yet: {evidence.in_flops.reason}"
     worst = max(abs(residual) for residual in evidence.in_flops.residuals)
+    missed = f"; it misses no budget by more than {worst:.4f}" if len(evidence.dense) > NUM_BUDGETS else ""
     budgets = [budget for budget in evidence.rung.budgets if budget in evidence.dense]
     floors = []
     for budget in budgets:
@@ -79,9 +80,11 @@ def _noise(evidence: Evidence) -> str:
             "nothing"
         )
     return (
-        f"The curve is L = {curve.floor[0]:.3f} + {curve.excess[0]:.3f} (C / C0)^-{curve.exponent[0]:.3f}; it misses "
-        f"no budget by more than {worst:.4f}. **Noise floor**: seeds scatter by {deviation:.4f} nats (pooled, "
-        f"{num_free} degrees of freedom): {'; '.join(floors)}."
+        f"The curve is L = {curve.floor[0]:.3f} + {curve.excess[0]:.3f} (C / C0)^-{curve.exponent[0]:.3f}{missed}. "
+        f"**Noise floor**: seeds scatter by {deviation:.4f} nats (all cells together, {num_free} degrees of freedom): "
+        + "; ".join(floors)
+        + "."
+        + "".join(f"\n\n{warning}" for warning in evidence.in_flops.warnings)
     )
 
 
@@ -109,7 +112,7 @@ def costs_table(evidence: Evidence, budget: float) -> str:
         if reading.budget == budget:
             mean, deviation = reading.loss
             shift = "" if reading.paired is None else f"{reading.paired[0]:+.4f} ± {reading.paired[1]:.4f}"
-            costs = [f"{reading.flops_share:.3f}", _share(reading.seconds_share), _share(reading.realised_share)]
+            costs = [f"{reading.flops_share:.3f}", _seconds(reading), _realised(reading)]
             lines.append([reading.arm.title, f"{reading.lr:.2g}", *costs, f"{mean:.4f} ± {deviation:.4f}", shift])
     header = ["arm", "learning rate", "FLOPs", "seconds", "realised share", "held-out loss", "above dense, same seed"]
     return table(header, lines)
@@ -125,18 +128,24 @@ def savings_table(evidence: Evidence, budget: float) -> str:
     return table(["arm", "FLOPs saved", "seconds saved", "nats above B1", "nats above B2"], lines)
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _seconds(reading: Reading) -> str:
+    if reading.seconds_share is None:
+        return ""
+    share, error = reading.seconds_share
+    return f"{share:.2f} ± {share * error:.2f}"
+
+
+def _realised(reading: Reading) -> str:
+    return "" if reading.realised_share is None else "{:.2f} ± {:.2f}".format(*reading.realised_share)
 
 
 def verdicts_table(evidence: Evidence) -> str:
-    """Return the verdict on each method."""
-    lines = []
-    for arm in evidence.study.others:
-        if arm.role == "method":
-            word, why = verdict(evidence, arm)
-            lines.append([arm.title, f"**{word}**", why])
-    return table(["method", "verdict", "why"], lines)
+    """Return the verdict on each method that was run."""
+    methods = [arm for arm in evidence.study.others if arm.role == "method"]
+    run = [arm for arm in methods if evidence.of(arm.name)]
+    lines = [[arm.title, f"**{word}**", why] for arm in run for word, why in [verdict(evidence, arm)]]
+    missing = ", ".join(arm.title for arm in methods if arm not in run)
+    return table(["method", "verdict", "why"], lines) + (f"\n\nNot run yet: {missing}." if missing else "")
 
 
 def tuning_table(evidence: Evidence) -> str:
@@ -188,7 +197,7 @@ def card_table(evidence: Evidence, arms: Sequence[str]) -> str:
     lines = [
         [
             *(reading.arm.title, f"x{reading.budget:g}"),
-            *(f"{reading.flops_share:.2f}", _share(reading.seconds_share)),
+            *(f"{reading.flops_share:.2f}", _seconds(reading)),
             *(saving_cell(reading.in_flops), saving_cell(reading.in_seconds)),
             *(gap_cell(reading.b1), gap_cell(reading.b2)),
         ]
@@ -197,4 +206,4 @@ def card_table(evidence: Evidence, arms: Sequence[str]) -> str:
     header = ["arm", "budget", "FLOPs", "seconds", "FLOPs saved", "seconds saved", "above B1", "above B2"]
     methods = [arm for arm in evidence.study.others if arm.name in arms and arm.role == "method"]
     words = [f"- {arm.title}: **{word}**; {why}." for arm in methods for word, why in [verdict(evidence, arm)]]
-    return "\n".join([table(header, lines), "", *words])
+    return "\n".join([table(header, lines), "", *words]) if readings else "Not run yet."

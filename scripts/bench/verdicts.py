@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Literal
 
 from scripts.bench.analysis import CONFIDENCE, Evidence, Gap, Reading
 from scripts.bench.study import Arm
 
-Verdict = Literal["helps", "does not help", "undecided", "not finished"]
+Verdict = Literal["helps", "helps in FLOPs only", "does not help", "undecided", "not finished"]
 
 
 def verdict(evidence: Evidence, arm: Arm) -> tuple[Verdict, str]:
@@ -28,11 +28,21 @@ def verdict(evidence: Evidence, arm: Arm) -> tuple[Verdict, str]:
     if missing:
         budgets = " and ".join(f"x{budget:g}" for budget in missing)
         return "not finished", f"{reasons}{'; ' if reasons else ''}runs at budget {budgets} are missing"
+    if null_holds(evidence) is False:
+        return "undecided", f"{reasons}; the null method was told from nothing, so no verdict holds"
     if all(_helps(evidence, reading) for reading in readings):
-        return "helps", reasons
-    if all(_loses(reading) for reading in readings):
+        in_seconds = all(reading.in_seconds.low is not None and reading.in_seconds.low > 0 for reading in readings)
+        return "helps" if in_seconds else "helps in FLOPs only", reasons
+    if all(_loses(evidence, reading) for reading in readings):
         return "does not help", reasons
     return "undecided", reasons
+
+
+def null_holds(evidence: Evidence) -> bool | None:
+    """Whether nothing was found where there is nothing; ``None`` while that was not looked at."""
+    savings = [reading.in_flops for reading in evidence.of("null")]
+    known = [(saving.low, saving.high) for saving in savings if saving.low is not None and saving.high is not None]
+    return all(low <= 0 <= high for low, high in known) if known else None
 
 
 def _helps(evidence: Evidence, reading: Reading) -> bool:
@@ -41,16 +51,18 @@ def _helps(evidence: Evidence, reading: Reading) -> bool:
     return is_above and all(gap is not None and gap.high < 0 for gap in (reading.b1, reading.b2))
 
 
-def _loses(reading: Reading) -> bool:
+def _loses(evidence: Evidence, reading: Reading) -> bool:
     saving = reading.in_flops
     is_below = saving.high is not None and saving.high < 0
     # Worse than the cheapest dense run, and dearer: nothing was saved, though nobody can say how much was lost.
-    is_far_below = saving.reason is not None and "worse" in saving.reason
+    cheapest, _ = evidence.in_flops.log_costs
+    is_worse = saving.share is None and reading.loss[0] > evidence.in_flops.losses[1]
+    is_far_below = is_worse and saving.cost >= math.exp(cheapest)
     return is_below or is_far_below or any(gap is not None and gap.low > 0 for gap in (reading.b1, reading.b2))
 
 
 def _reasons(reading: Reading) -> str:
-    parts: Sequence[str] = [
+    parts = [
         f"at x{reading.budget:g} {saved(reading)}",
         *(_against(name, gap) for name, gap in (("B1", reading.b1), ("B2", reading.b2)) if gap is not None),
     ]
@@ -58,12 +70,11 @@ def _reasons(reading: Reading) -> str:
 
 
 def saved(reading: Reading) -> str:
-    """Say in words what was saved in FLOPs."""
-    saving = reading.in_flops
-    if saving.share is None:
-        return f"ends {str(saving.reason).rpartition(': ')[2]}"
-    word = "saves" if saving.share >= 0 else "costs"
-    return f"{word} {abs(saving.share):.0%}{'' if saving.share >= 0 else ' more'}"
+    """Say in words what was saved, in FLOPs and in seconds."""
+    if reading.in_flops.share is None:
+        return f"ends {str(reading.in_flops.reason).rpartition(': ')[2]}"
+    flops = f"{reading.in_flops.share:+.0%} FLOPs"
+    return flops if reading.in_seconds.share is None else f"{flops} and {reading.in_seconds.share:+.0%} seconds saved"
 
 
 def _against(name: str, gap: Gap) -> str:

@@ -33,8 +33,10 @@ def evidence(rows):
 def test_a_planted_saving_is_found_within_its_interval(evidence, arm, worth, budget):
     (reading,) = [each for each in evidence.of(arm) if each.budget == budget]
     saving = reading.in_flops
-    assert saving.low <= 1 - 1 / worth <= saving.high
-    assert saving.high - saving.low < 0.15
+    # One in twenty intervals misses what it is for: here by no more than half of its reach.
+    reach = (saving.high - saving.low) / 2
+    assert abs(saving.median - (1 - 1 / worth)) < 1.5 * reach
+    assert reach < 0.075
     assert saving.share == pytest.approx(1 - 1 / worth, abs=0.06)
     assert reading.flops_share == pytest.approx(SHARES.get(arm, 0.8))
 
@@ -48,20 +50,46 @@ def test_the_null_method_saves_nothing_and_half_the_rate_is_detected(evidence):
 
 def test_seconds_are_a_column_of_their_own(evidence):
     (reading, *_) = evidence.of("mst-entries")
-    assert reading.seconds_share == pytest.approx(1.1)
-    assert reading.in_flops.low <= 0 <= reading.in_flops.high
+    assert reading.seconds_share[0] == pytest.approx(1.1)
+    assert reading.in_flops.share == pytest.approx(0, abs=0.04)
     assert reading.in_seconds.high < -0.2
-    assert reading.realised_share == pytest.approx(np.log(1.1) / np.log(0.8))
+    assert reading.realised_share[0] == pytest.approx(np.log(1.1) / np.log(0.8))
 
 
 def test_verdicts_need_both_controls(evidence):
     words = {arm.name: verdict(evidence, arm)[0] for arm in evidence.study.others if arm.role == "method"}
     assert words["vcycle"] == "helps"
     assert words["pld-paper"] == "does not help"
-    assert words["mst-units"] == "does not help"  # worse than every dense end: no number, but an answer
+    assert words["mst-units"] == "does not help"
     # It saves a fifth against the frontier and beats B1, but a smaller model of its cost is better still.
     assert words["ltd"] == "does not help"
     assert all(reading.in_flops.low > 0 and reading.b1.high < 0 < reading.b2.low for reading in evidence.of("ltd"))
+
+
+def test_a_method_that_saves_no_seconds_helps_in_flops_only():
+    rows = planted_log({"mst-entries": 1.25})
+    evidence = read_study(rows, num_draws=1000)["gpt"]
+    (arm,) = [arm for arm in evidence.study.others if arm.name == "mst-entries"]
+    assert verdict(evidence, arm)[0] == "helps in FLOPs only"
+
+
+def test_no_verdict_holds_where_the_null_method_is_told_from_nothing():
+    evidence = read_study(planted_log({**WORTH, "null": 0.8}), num_draws=1000)["gpt"]
+    (arm,) = [arm for arm in evidence.study.others if arm.name == "vcycle"]
+    word, why = verdict(evidence, arm)
+    assert word == "undecided"
+    assert "null method" in why
+
+
+def test_a_cheap_run_that_ends_above_the_frontier_is_no_answer_by_itself():
+    """It cost less than every dense run, so that it may well be better than dense training of its cost."""
+    rows = [row for row in planted_log({"mst-units": 1.3}) if (row["arm"], row["budget"]) != ("dense", 0.25)]
+    evidence = Evidence(GPT, rows, 100)
+    (reading, _) = evidence.of("mst-units")
+    assert reading.loss[0] > evidence.in_flops.losses[1]
+    assert (reading.b1, reading.b2) == (None, None)
+    (arm,) = [arm for arm in evidence.study.others if arm.name == "mst-units"]
+    assert verdict(evidence, arm)[0] == "not finished"
 
 
 def test_the_scatter_is_that_of_the_seeds(evidence):
@@ -84,7 +112,8 @@ def test_reading_a_dense_run_in_midway_saves_without_any_method(evidence):
     assert found[2.0, 4.0] > 0.1
 
 
-def test_a_verdict_waits_for_every_run(rows):
+@pytest.mark.parametrize("missing", ["vcycle", "dense-0.575", "smaller-5"])
+def test_a_verdict_waits_for_every_run_of_the_method_and_of_its_controls(rows, missing):
     evidence = Evidence(
         GPT, [row for row in rows if (row["arm"], row["budget"], row["seed"]) != ("vcycle", 2.0, 1)], 100
     )

@@ -1,0 +1,51 @@
+"""The page has a place for everything that is generated, and its pictures are drawn."""
+
+import re
+
+import pytest
+
+from scripts.bench import pictures, report, tables
+from scripts.bench.analysis import read_study
+from scripts.bench.study import ARMS, RUNGS
+from tests.bench.planted import planted_log
+
+
+@pytest.fixture(scope="module")
+def found():
+    return read_study(planted_log({"vcycle": 1.4}), num_draws=200)
+
+
+def test_every_rung_has_a_frontier_and_every_arm_a_reading_once_all_is_run(found):
+    assert list(found) == list(RUNGS)
+    for name, evidence in found.items():
+        assert {reading.arm.name for reading in evidence.readings} == {arm.name for arm in ARMS[name][1:]}
+
+
+def test_every_block_has_its_place(found, monkeypatch):
+    monkeypatch.setattr(report, "evidence", lambda: found)
+    for path, blocks in report.blocks().items():
+        text = path.read_text()
+        for name, content in blocks.items():
+            assert f"<!-- {name} -->\n" in text, (path.name, name)
+            assert f"<!-- /{name} -->" in text
+            assert "nan" not in content, (path.name, name)
+
+
+def test_tables_are_whole(found):
+    for evidence in found.values():
+        for text in (
+            tables.frontier_table(evidence),
+            tables.checks_table(evidence),
+            tables.verdicts_table(evidence),
+            tables.tuning_table(evidence),
+            *(tables.costs_table(evidence, budget) for budget in evidence.rung.budgets),
+            *(tables.savings_table(evidence, budget) for budget in evidence.rung.budgets),
+        ):
+            lines = [line for line in text.splitlines() if line.startswith("|")]
+            assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+            assert len(lines) > 2
+
+
+def test_pictures_are_drawn(found, tmp_path):
+    drawn = [path.name for evidence in found.values() for path in pictures.draw(evidence, tmp_path)]
+    assert drawn == [f"{name}_{what}.png" for name in RUNGS for what in ("frontier", "savings", "tuning")]
