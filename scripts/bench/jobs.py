@@ -103,7 +103,7 @@ class Study:
         losses = self.trials(arm, budget)
         for rate in (*GRID, *(rate for rate in losses if rate not in GRID)):
             yield self._job(arm, "tune", budget, rate, TUNING_SEED)
-        if all(rate in losses for rate in GRID) and (rate := next_trial(losses)) is not None:
+        if all(rate in losses for rate in GRID) and (rate := self._next_trial(arm, losses)) is not None:
             yield self._job(arm, "tune", budget, rate, TUNING_SEED)
 
     def reported(
@@ -147,7 +147,7 @@ class Study:
     def tuned(self, arm: Arm, budget: float) -> float | None:
         """Return the best learning rate at a budget, or ``None`` while it is not known."""
         losses = self.trials(arm, budget)
-        if not all(rate in losses for rate in GRID) or next_trial(losses) is not None:
+        if not all(rate in losses for rate in GRID) or self._next_trial(arm, losses) is not None:
             return None
         return best_rate(losses)
 
@@ -194,6 +194,9 @@ class Study:
         wanted = {job.key for job in self.reported(arm, budget, share)}
         found = {row_key(row): row for row in self.rows if row["arm"] == arm.name}
         return [found[key] for key in sorted(wanted & set(found))]
+
+    def _next_trial(self, arm: Arm, losses: dict[float, float]) -> float | None:
+        return next_trial(losses, refined=arm == self.smaller_tuned)
 
     def _job(self, arm: Arm, stage: str, budget: float, lr: float, seed: int, share: float = 1.0) -> Job:
         # Rounded up: a control must not get less than what it is held against.

@@ -10,21 +10,27 @@ from scripts.bench.study import EXTENSIONS, GRID
 _STEP = 2.0
 
 
-def next_trial(losses: Mapping[float, float]) -> float | None:
+def next_trial(losses: Mapping[float, float], refined: bool = False) -> float | None:
     """Return a learning rate that is to be tried, or ``None`` if the optimum is found.
 
     Args:
         losses: Held-out losses of the trials so far.
+        refined: Whether there are trials half a step on both sides of the best of the grid, too.
     """
     for rate in GRID:
         if rate not in losses:
             return rate
-    best = min(losses, key=lambda rate: losses[rate])
-    if len(losses) >= len(GRID) + EXTENSIONS:
-        return None
-    if best == max(losses):
-        return best * _STEP
-    return best / _STEP if best == min(losses) else None
+    on_grid = {rate: loss for rate, loss in losses.items() if _is_on_grid(rate)}
+    best = min(on_grid, key=lambda rate: on_grid[rate])
+    if len(on_grid) < len(GRID) + EXTENSIONS:
+        if best == max(on_grid):
+            return best * _STEP
+        if best == min(on_grid):
+            return best / _STEP
+    if refined:
+        halves = (_three_digits(best / _STEP**0.5), _three_digits(best * _STEP**0.5))
+        return next((rate for rate in halves if rate not in losses), None)
+    return None
 
 
 def is_interior(losses: Mapping[float, float]) -> bool:
@@ -36,10 +42,10 @@ def is_interior(losses: Mapping[float, float]) -> bool:
 def best_rate(losses: Mapping[float, float]) -> float:
     """Return the optimum: the lowest point of a parabola in log2 of the learning rate through the best and its two.
 
-    At an end of the grid it is the end.
+    At an end of what was tried it is the end.
 
     Args:
-        losses: Held-out losses of the trials, infinite where they diverged; the grid is one of factors of 2.
+        losses: Held-out losses of the trials, infinite where they diverged.
 
     Returns:
         The learning rate to three digits: what is written in the log is what is trained with.
@@ -47,10 +53,16 @@ def best_rate(losses: Mapping[float, float]) -> float:
     best = min(losses, key=lambda rate: losses[rate])
     if not is_interior(losses):
         return best
-    below, here, above = losses[best / _STEP], losses[best], losses[best * _STEP]
-    # A trial that diverged has no loss: beside it, the parabola is as steep as can be.
-    shift = -0.5 if math.isinf(above) else (below - above) / (2 * (below - 2 * here + above))
-    return _three_digits(best * _STEP**shift)
+    below = max(rate for rate in losses if rate < best)
+    above = min(rate for rate in losses if rate > best)
+    left, right = math.log2(below / best), math.log2(above / best)
+    rise_left, rise_right = losses[below] - losses[best], losses[above] - losses[best]
+    if math.isinf(rise_right):
+        # A trial that diverged has no loss: beside it, the parabola is as steep as can be.
+        shift = left / 2
+    else:
+        shift = (rise_right * left**2 - rise_left * right**2) / (2 * (rise_right * left - rise_left * right))
+    return _three_digits(best * 2**shift)
 
 
 def between(rates: Mapping[float, float], budget: float) -> float:
@@ -67,6 +79,11 @@ def between(rates: Mapping[float, float], budget: float) -> float:
     (low, low_rate), (high, high_rate) = sorted(rates.items())
     power = math.log(high_rate / low_rate) / math.log(high / low)
     return _three_digits(low_rate * (budget / low) ** power)
+
+
+def _is_on_grid(rate: float) -> bool:
+    steps = math.log(rate / GRID[0], _STEP)
+    return abs(steps - round(steps)) < 1e-6
 
 
 def _three_digits(rate: float) -> float:

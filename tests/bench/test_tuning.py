@@ -47,3 +47,19 @@ def test_rates_follow_a_power_law_through_both_tuned_budgets(rate, power, budget
     rates = {at: rate * at**power for at in (0.5, 2.0)}
     assert between(rates, 0.5) == rates[0.5]
     assert between(rates, budget) == pytest.approx(rate * budget**power, rel=0.006)
+
+
+@given(st.floats(math.log2(GRID[0]) + 0.51, math.log2(GRID[-1]) - 0.51), st.floats(0.01, 1.0))
+def test_a_refined_tuning_has_two_trials_more_and_finds_the_same_optimum(log_optimum, curvature):
+    losses = losses_around(2**log_optimum, curvature)
+    while (rate := next_trial(losses, refined=True)) is not None:
+        losses[rate] = 2.0 + curvature * math.log2(rate / 2**log_optimum) ** 2
+    assert len(losses) == len(GRID) + 2
+    assert best_rate(losses) == pytest.approx(2**log_optimum, rel=0.006)
+
+
+def test_a_trial_that_diverged_is_a_neighbour_too():
+    losses = losses_around(4e-3)
+    losses[8e-3] = losses[16e-3] = math.inf
+    assert next_trial(losses) is None
+    assert best_rate(losses) == pytest.approx(4e-3 / 2**0.5, rel=0.006)
