@@ -69,7 +69,8 @@ class Frontier:
         """
         if self.curve is None or (noise := estimate_noise(self.cells, (), self.curve)) is None:
             return None
-        draws = self.fit(noise.draw(self.cells, NUM_DRAWS, np.random.default_rng(seed)))
+        rng = np.random.default_rng(seed)
+        draws = self.fit(noise.draw(self.cells, noise.scales(NUM_DRAWS, rng), rng))
         losses = Curves(
             draws.floor[:, None], draws.excess[:, None], draws.exponent[:, None], draws.log_reference[:, None]
         ).loss(log_costs)

@@ -81,26 +81,37 @@ class Noise:
     num_free: int
     source: str
 
-    def draw(self, cells: Sequence[Cell], num_draws: int, rng: np.random.Generator) -> np.ndarray:
-        """Draw the means that other seeds might have given: budgets are kept, each of its runs gets a deviation.
+    def scales(self, num_draws: int, rng: np.random.Generator) -> np.ndarray:
+        """Draw how large the scatter is.
 
-        A few seeds do not say well how large the scatter is. So each draw has its own size of it, by the chi-squared
-        distribution of a variance that was estimated with so many degrees of freedom; without that, and without
-        sharing the deviations of all budgets, what is meant as 95 % covers about 75 % with three seeds a budget.
+        A few seeds do not say that well. So each draw has its own size of it, by the chi-squared distribution of a
+        variance that was estimated with so many degrees of freedom; without that, and without sharing the deviations
+        of all budgets, what is meant as 95 % covers about 75 % with three seeds a budget.
+
+        Args:
+            num_draws: How many draws.
+            rng: The generator.
+
+        Returns:
+            Factors of the deviations, of shape (draws, 1).
+        """
+        return np.sqrt(self.num_free / rng.chisquare(self.num_free, size=(num_draws, 1)))
+
+    def draw(self, cells: Sequence[Cell], scales: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draw the means that other seeds might have given: budgets are kept, each of its runs gets a deviation.
 
         Args:
             cells: The cells.
-            num_draws: How many draws.
+            scales: How large the scatter is in each draw; from :meth:`scales`.
             rng: The generator.
 
         Returns:
             Mean log costs and mean losses, of shape (draws, cells, 2).
         """
-        scale = np.sqrt(self.num_free / rng.chisquare(self.num_free, size=(num_draws, 1)))
-        means = np.empty((num_draws, len(cells), 2))
+        means = np.empty((len(scales), len(cells), 2))
         for index, cell in enumerate(cells):
-            chosen = rng.integers(len(self.deviations), size=(num_draws, len(cell.losses)))
-            means[:, index] = cell.mean + scale * self.deviations[chosen].mean(axis=1)
+            chosen = rng.integers(len(self.deviations), size=(len(scales), len(cell.losses)))
+            means[:, index] = cell.mean + scales * self.deviations[chosen].mean(axis=1)
         return means
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+from lit_accel.report.curve import Curves
 from lit_accel.report.frontier import NUM_DRAWS, Frontier
-from lit_accel.report.noise import Cell, estimate_noise
+from lit_accel.report.noise import Cell, Noise, estimate_noise
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,12 @@ def saving_against(
     if not np.isfinite(dense_log_cost):
         return Saving(cost, loss, None, "outside the measured range: at or below the floor of the dense curve")
     dense_cost = float(np.exp(dense_log_cost))
-    noise = estimate_noise(frontier.cells, arm, frontier.curve)
-    if noise is None:
+    drawn = _draw_frontiers(frontier, tuple(arm), num_draws, seed)
+    if drawn is None:
         return Saving(cost, loss, dense_cost, None, interval="one seed: no interval")
-    means = noise.draw((*frontier.cells, cell), num_draws, np.random.default_rng(seed))
-    curves = frontier.fit(means[:, :-1])
-    drawn_loss = means[:, -1, 1]
-    savings = -np.expm1(means[:, -1, 0] - curves.log_cost(drawn_loss))
+    noise, scales, curves = drawn
+    drawn_cost, drawn_loss = noise.draw([cell], scales, np.random.default_rng([seed, 1]))[:, 0].T
+    savings = -np.expm1(drawn_cost - curves.log_cost(drawn_loss))
     is_better, is_worse = drawn_loss < low, drawn_loss > high
     # A floor above the loss: dense training would not get there at any cost, as far as this draw can tell.
     is_better |= curves.exists & (drawn_loss <= curves.floor)
@@ -96,6 +97,20 @@ def saving_against(
         # A draw of which nothing is known counts against either side.
         p_value=min(1.0, 2 * float(min(np.mean(at_worst <= 0), np.mean(at_best >= 0)))),
     )
+
+
+@lru_cache(maxsize=4)
+def _draw_frontiers(
+    frontier: Frontier, arm: tuple[Cell, ...], num_draws: int, seed: int
+) -> tuple[Noise, np.ndarray, Curves] | None:
+    """Draw the frontiers that other seeds might have given; arms that share what is known of the scatter share them."""
+    assert frontier.curve is not None
+    noise = estimate_noise(frontier.cells, arm, frontier.curve)
+    if noise is None:
+        return None
+    rng = np.random.default_rng(seed)
+    scales = noise.scales(num_draws, rng)
+    return noise, scales, frontier.fit(noise.draw(frontier.cells, scales, rng))
 
 
 def _quantile(values: np.ndarray, share: float) -> float:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from statistics import fmean, stdev
+from typing import get_args
 
 import numpy as np
 from scipy import stats
 
 from lit_accel.report.frontier import Frontier, fit_frontier
-from lit_accel.report.noise import Cell, scatter
+from lit_accel.report.noise import Cell, Cost, scatter
 from lit_accel.report.saving import Saving, saving_against
 from scripts.bench.jobs import Study, b1_share, b2_depth, shorter, smaller
 from scripts.bench.log import Row
@@ -184,6 +185,12 @@ class Evidence:
             if len(ends := self.ends(arm, budget, share)) > 1
         ]
 
+    @cached_property
+    def _cells(self) -> dict[Cost, list[Cell]]:
+        """The same as points, the dense ones of the frontier left out."""
+        groups = self._groups[len(self.dense) :]
+        return {cost: [Cell.of(group, cost) for group in groups] for cost in get_args(Cost)}
+
     def _all_arms(self, budget: float) -> Iterator[tuple[Arm, float]]:
         seen = {DENSE.name}
         for arm in self.study.others:
@@ -235,20 +242,24 @@ class Evidence:
             small = smaller(self.rung, b2_depth(self.rung, share))
             b1 = self._gap(ends, shorter(share), budget, b1_share(share))
             b2 = self._gap(ends, small, budget)
-        flops, seconds = ([Cell.of(group, cost) for group in self._groups] for cost in ("flops", "seconds"))
         return Reading(
             arm=arm,
             budget=budget,
             lr=self.study.learning_rate(arm, budget) or float("nan"),
             ends=ends,
-            in_flops=saving_against(self.in_flops, Cell.of(ends, "flops"), flops, self.num_draws),
-            in_seconds=saving_against(self.in_seconds, Cell.of(ends, "seconds"), seconds, self.num_draws),
+            in_flops=saving_against(self.in_flops, Cell.of(ends, "flops"), self._cells["flops"], self.num_draws),
+            in_seconds=saving_against(
+                self.in_seconds, Cell.of(ends, "seconds"), self._cells["seconds"], self.num_draws
+            ),
             flops_share=share,
             seconds_share=_ratio([end.seconds for end in ends], [end.seconds for end in dense]),
             paired=mean_and_deviation(paired) if len(paired) > 1 else None,
             b1=b1,
             b2=b2,
         )
+
+    def _saving(self, frontier: Frontier, ends: Sequence[End]) -> Saving:
+        return saving_against(frontier, Cell.of(ends, frontier.cost), self._cells[frontier.cost], self.num_draws)
 
     def _gap(self, ends: Sequence[End], control: Arm, budget: float, share: float = 1.0) -> Gap | None:
         """Compare with a control, whose loss is carried along the frontier to the method's cost."""
