@@ -24,7 +24,7 @@ CONFIDENCE = 0.95
 # What was to be saved, as a logarithm, must be so many standard errors and at least so much to speak of a share of it.
 _ERRORS_APART, _LEAST = 2.0, 0.02
 # Dense steps that are timed within so many seconds of a run say how fast the machine was.
-_WINDOW = 90 * 60
+_WINDOW = 20 * 60
 
 
 @dataclass(frozen=True)
@@ -153,27 +153,37 @@ class Evidence:
     @cached_property
     def _dense_steps(self) -> np.ndarray:
         """Seconds of dense steps, with when they were timed; of shape (timings, 2)."""
-        return np.array([[_when(row), seconds] for row in self.study.rows for seconds in row["reference_step"]])
+        timings = []
+        for row in self.study.rows:
+            before, after = row["reference_step"]
+            timings += [[_when(row) - row["wall_seconds"], before], [_when(row), after]]
+        return np.array(timings)
 
     def _dense_step(self, row: Row) -> float:
-        near = np.abs(self._dense_steps[:, 0] - _when(row)) <= _WINDOW
-        return float(np.median(self._dense_steps[near, 1]))
+        ended = _when(row)
+        near = self._dense_steps[:, 0] >= ended - row["wall_seconds"] - _WINDOW
+        near &= self._dense_steps[:, 0] <= ended + _WINDOW
+        return float(self._dense_steps[near, 1].mean())
 
     @cached_property
     def dense(self) -> dict[float, tuple[End, ...]]:
-        """The dense runs of the frontier, by budget; budgets that have as many seeds as methods have."""
+        """The dense runs, by budget; budgets that have as many seeds as methods have."""
         found = {budget: self.ends(DENSE, budget) for budget in self.rung.dense_budgets}
         return {budget: ends for budget, ends in found.items() if len(ends) >= len(SEEDS)}
 
     @cached_property
+    def _fitted(self) -> list[End]:
+        return [end for budget, ends in self.dense.items() if budget in self.rung.fitted_budgets for end in ends]
+
+    @cached_property
     def in_flops(self) -> Frontier:
         """The dense frontier in FLOPs."""
-        return fit_frontier([end for ends in self.dense.values() for end in ends], "flops")
+        return fit_frontier(self._fitted, "flops")
 
     @cached_property
     def in_seconds(self) -> Frontier:
         """The dense frontier in seconds."""
-        return fit_frontier([end for ends in self.dense.values() for end in ends], "seconds")
+        return fit_frontier(self._fitted, "seconds")
 
     @cached_property
     def _groups(self) -> list[tuple[End, ...]]:
@@ -187,8 +197,9 @@ class Evidence:
 
     @cached_property
     def _cells(self) -> dict[Cost, list[Cell]]:
-        """The same as points, the dense ones of the frontier left out."""
-        groups = self._groups[len(self.dense) :]
+        """The same as points, the dense ones of the frontier left out, which it has itself."""
+        fitted = [ends for budget, ends in self.dense.items() if budget in self.rung.fitted_budgets]
+        groups = [group for group in self._groups if group not in fitted]
         return {cost: [Cell.of(group, cost) for group in groups] for cost in get_args(Cost)}
 
     def _all_arms(self, budget: float) -> Iterator[tuple[Arm, float]]:
@@ -262,16 +273,17 @@ class Evidence:
         return saving_against(frontier, Cell.of(ends, frontier.cost), self._cells[frontier.cost], self.num_draws)
 
     def _gap(self, ends: Sequence[End], control: Arm, budget: float, share: float = 1.0) -> Gap | None:
-        """Compare with a control, whose loss is carried along the frontier to the method's cost."""
+        """Compare with a control, whose loss is carried to the method's cost as dense losses change with theirs."""
         others = self.ends(control, budget, share)
-        curve = self.in_flops.curve
-        if curve is None or len(others) < len(self.study.seeds(control, budget)):
+        if len(others) < len(self.study.seeds(control, budget)):
             return None
-        costs = np.array([np.mean([np.log(end.flops) for end in group]) for group in (ends, others)])
-        low, high = self.in_flops.log_costs
-        if costs.min() < low or costs.max() > high:
+        costs = [Cell.of(group, "flops").mean[0] for group in (ends, others)]
+        known = sorted(tuple(Cell.of(group, "flops").mean) for group in self.dense.values())
+        log_costs, losses = np.array(known).T
+        if min(costs) < log_costs[0] or max(costs) > log_costs[-1]:
             return None
-        here, there = curve.loss(costs)
+        # From budget to budget, not along the fitted curve, which may miss one of them.
+        here, there = np.interp(costs, log_costs, losses)
         mean = fmean(end.loss for end in ends) - fmean(end.loss for end in others) - float(here - there)
         deviation, num_free = self.deviation
         error = deviation * np.sqrt(1 / len(ends) + 1 / len(others))

@@ -43,7 +43,8 @@ class Rung:
         depth: The configuration's name of the number of blocks.
         data: Class of ``lit_accel.data`` and its arguments.
         unit_steps: Optimizer steps of budget 1.
-        dense_budgets: Of the dense frontier.
+        dense_budgets: Of the dense runs.
+        fitted_budgets: Those that the frontier is fitted to.
         budgets: Of the methods.
         tuned_budgets: At which the dense learning rate is tuned; the first is that of all tunings.
         tokens_per_step: Tokens, or patches, of a step.
@@ -61,6 +62,7 @@ class Rung:
     data: tuple[str, Options]
     unit_steps: int
     dense_budgets: tuple[float, ...]
+    fitted_budgets: tuple[float, ...]
     budgets: tuple[float, ...]
     tuned_budgets: tuple[float, ...]
     tokens_per_step: int
@@ -123,6 +125,7 @@ GPT = Rung(
     ),
     unit_steps=1080,
     dense_budgets=(0.25, 0.5, 1.0, 2.0, 4.0),
+    fitted_budgets=(0.5, 1.0, 2.0, 4.0),
     budgets=(1.0, 2.0),
     tuned_budgets=(0.5, 2.0),
     tokens_per_step=2048,
@@ -209,6 +212,7 @@ VIT = Rung(
     ),
     unit_steps=900,
     dense_budgets=(0.25, 0.5, 1.0, 2.0),
+    fitted_budgets=(0.25, 0.5, 1.0, 2.0),
     budgets=(1.0,),
     tuned_budgets=(1.0,),
     tokens_per_step=32 * 50,

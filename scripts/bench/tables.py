@@ -56,7 +56,8 @@ def frontier_table(evidence: Evidence) -> str:
         rate = evidence.study.learning_rate(DENSE, budget) or math.nan
         tokens = ends[0].num_steps * rung.tokens_per_step
         cost = amount(fmean(end.flops for end in ends), "flops")
-        cells = [f"x{budget:g}", f"{ends[0].num_steps:,}", f"{tokens / rung.body:.1f}", f"{rate:g}", cost]
+        name = f"x{budget:g}" + ("" if budget in rung.fitted_budgets else " (not fitted)")
+        cells = [name, f"{ends[0].num_steps:,}", f"{tokens / rung.body:.1f}", f"{rate:g}", cost]
         lines.append([*cells, f"{mean:.4f} ± {deviation:.4f}"])
     header = ["budget", "steps", "tokens a parameter", "learning rate", "cost", "held-out loss"]
     return f"{table(header, lines)}\n\n{_noise(evidence)}"
@@ -68,7 +69,7 @@ def _noise(evidence: Evidence) -> str:
     if curve is None:
         return f"No frontier yet: {evidence.in_flops.reason}"
     worst = max(abs(residual) for residual in evidence.in_flops.residuals)
-    missed = f"; it misses no budget by more than {worst:.4f}" if len(evidence.dense) > NUM_BUDGETS else ""
+    missed = f"; it misses no budget by more than {worst:.4f}" if len(evidence.in_flops.cells) > NUM_BUDGETS else ""
     budgets = [budget for budget in evidence.rung.budgets if budget in evidence.dense]
     floors = []
     for budget in budgets:
@@ -91,18 +92,23 @@ def _noise(evidence: Evidence) -> str:
 def checks_table(evidence: Evidence) -> str:
     """Return what must come out as it does if the bench can be trusted."""
     lines = []
-    for name, expected in (("null", "contains 0"), ("half-lr", "lies below 0")):
+    for name, expected in (("null", "contain 0"), ("half-lr", "lie below 0")):
         for reading in evidence.of(name):
-            saving = reading.in_flops
-            holds = None
-            if saving.low is not None and saving.high is not None:
-                holds = saving.low <= 0 <= saving.high if name == "null" else saving.high < 0
-            answer = "not decidable" if holds is None else "yes" if holds else "**no**"
-            lines.append([reading.arm.title, f"x{reading.budget:g}", saving_cell(saving), f"{expected}: {answer}"])
+            savings = (reading.in_flops, reading.in_seconds)
+            answers = [_holds(name, saving) for saving in savings]
+            lines.append([reading.arm.title, f"x{reading.budget:g}", *map(saving_cell, savings), expected, *answers])
     for shorter, longer, fake in evidence.fake_savings():
         what = f"no method: the run of x{shorter:g}, held against that of x{longer:g} in mid-way"
-        lines.append([what, f"x{shorter:g}", f"{fake:+.1%}", "what an undecayed baseline gives away"])
-    return table(["check", "budget", "saved at equal loss", "expected"], lines)
+        lines.append([what, f"x{shorter:g}", f"{fake:+.1%}", "", "an undecayed baseline", "", ""])
+    header = ["check", "budget", "FLOPs saved", "seconds saved", "should", "do FLOPs?", "do seconds?"]
+    return table(header, lines)
+
+
+def _holds(name: str, saving: Saving) -> str:
+    if saving.low is None or saving.high is None:
+        return "not decidable"
+    holds = saving.low <= 0 <= saving.high if name == "null" else saving.high < 0
+    return "yes" if holds else "**no**"
 
 
 def costs_table(evidence: Evidence, budget: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from lit_accel.report.noise import Cost
 from scripts.bench.analysis import CONFIDENCE, Evidence, Gap, Reading
 from scripts.bench.study import Arm
 
@@ -31,16 +32,23 @@ def verdict(evidence: Evidence, arm: Arm) -> tuple[Verdict, str]:
     if null_holds(evidence) is False:
         return "undecided", f"{reasons}; the null method was told from nothing, so no verdict holds"
     if all(_helps(evidence, reading) for reading in readings):
-        in_seconds = all(reading.in_seconds.low is not None and reading.in_seconds.low > 0 for reading in readings)
+        in_seconds = null_holds(evidence, "seconds") is not False and all(
+            reading.in_seconds.low is not None and reading.in_seconds.low > 0 for reading in readings
+        )
         return "helps" if in_seconds else "helps in FLOPs only", reasons
     if all(_loses(evidence, reading) for reading in readings):
         return "does not help", reasons
     return "undecided", reasons
 
 
-def null_holds(evidence: Evidence) -> bool | None:
-    """Whether nothing was found where there is nothing; ``None`` while that was not looked at."""
-    savings = [reading.in_flops for reading in evidence.of("null")]
+def null_holds(evidence: Evidence, cost: Cost = "flops") -> bool | None:
+    """Whether nothing was found where there is nothing; ``None`` while that was not looked at.
+
+    Args:
+        evidence: What the log says.
+        cost: In FLOPs or in seconds.
+    """
+    savings = [reading.in_flops if cost == "flops" else reading.in_seconds for reading in evidence.of("null")]
     known = [(saving.low, saving.high) for saving in savings if saving.low is not None and saving.high is not None]
     return all(low <= 0 <= high for low, high in known) if known else None
 
