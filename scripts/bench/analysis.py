@@ -17,7 +17,7 @@ from lit_accel.report.noise import Cell, Cost, scatter
 from lit_accel.report.saving import Saving, saving_against
 from scripts.bench.jobs import Study, b1_share, b2_depth, shorter, smaller
 from scripts.bench.log import Row
-from scripts.bench.study import ARMS, DENSE, RUNGS, SEEDS, Arm, Rung
+from scripts.bench.study import ARMS, DENSE, RUNGS, SEEDS, SMALLER_RATES, Arm, Rung
 
 NUM_DRAWS = 10_000
 CONFIDENCE = 0.95
@@ -201,6 +201,16 @@ class Evidence:
         fitted = [ends for budget, ends in self.dense.items() if budget in self.rung.fitted_budgets]
         groups = [group for group in self._groups if group not in fitted]
         return {cost: [Cell.of(group, cost) for group in groups] for cost in get_args(Cost)}
+
+    def smaller_models(self) -> list[tuple[End, ...]]:
+        """Return the complete runs of smaller dense models, by model and budget."""
+        arms = [
+            (arm, budget)
+            for budget in self.rung.budgets
+            for arm, _ in self._all_arms(budget)
+            if arm.lr_of == SMALLER_RATES and self.is_complete(arm, budget)
+        ]
+        return [self.ends(arm, budget) for arm, budget in arms]
 
     def _all_arms(self, budget: float) -> Iterator[tuple[Arm, float]]:
         seen = {DENSE.name}

@@ -62,6 +62,16 @@ def _frontier(evidence: Evidence) -> Figure:
         axes.plot(
             [end.flops for end in ends], [end.loss for end in ends], "o", color=DENSE_COLOUR[0], ms=5, mec="white"
         )
+    if controls := evidence.smaller_models():
+        axes.plot(
+            [fmean(end.flops for end in ends) for ends in controls],
+            [fmean(end.loss for end in ends) for ends in controls],
+            "D",
+            ms=6,
+            mfc="none",
+            mec=DENSE_COLOUR[0],
+            label="smaller dense models (B2)",
+        )
     for number, arm in enumerate(arm for arm in evidence.study.others if evidence.of(arm.name)):
         readings = evidence.of(arm.name)
         axes.errorbar(
