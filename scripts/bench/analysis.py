@@ -268,10 +268,8 @@ class Evidence:
             budget=budget,
             lr=self.study.learning_rate(arm, budget) or float("nan"),
             ends=ends,
-            in_flops=saving_against(self.in_flops, Cell.of(ends, "flops"), self._cells["flops"], self.num_draws),
-            in_seconds=saving_against(
-                self.in_seconds, Cell.of(ends, "seconds"), self._cells["seconds"], self.num_draws
-            ),
+            in_flops=self._saving(self.in_flops, ends),
+            in_seconds=self._saving(self.in_seconds, ends),
             flops_share=share,
             seconds_share=_ratio([end.seconds for end in ends], [end.seconds for end in dense]),
             paired=mean_and_deviation(paired) if len(paired) > 1 else None,

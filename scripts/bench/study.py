@@ -129,7 +129,7 @@ GPT = Rung(
     budgets=(1.0, 2.0),
     tuned_budgets=(0.5, 2.0),
     tokens_per_step=2048,
-    body=894_528,
+    body=894_720,
 )
 
 DENSE = Arm("dense", "dense", role="dense")
@@ -216,7 +216,7 @@ VIT = Rung(
     budgets=(1.0,),
     tuned_budgets=(1.0,),
     tokens_per_step=32 * 50,
-    body=894_528,
+    body=894_720,
     tunes_methods=False,
 )
 _VIT_ARMS = (

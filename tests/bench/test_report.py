@@ -3,7 +3,9 @@
 import re
 
 import pytest
+import torch
 
+import lit_accel.tasks
 from scripts.bench import pictures, report, tables
 from scripts.bench.analysis import read_study
 from scripts.bench.study import ARMS, RUNGS
@@ -49,3 +51,11 @@ def test_tables_are_whole(found):
 def test_pictures_are_drawn(found, tmp_path):
     drawn = [path.name for evidence in found.values() for path in pictures.draw(evidence, tmp_path)]
     assert drawn == [f"{name}_{what}.png" for name in RUNGS for what in ("frontier", "savings", "tuning")]
+
+
+@pytest.mark.parametrize("rung", RUNGS.values(), ids=lambda rung: rung.name)
+def test_the_parameters_in_blocks_are_those_of_the_model(rung):
+    with torch.device("meta"):
+        model = getattr(lit_accel.tasks, rung.task)(**rung.model).model
+    blocks = model.transformer.h if rung.name == "gpt" else model.blocks
+    assert sum(parameter.numel() for parameter in blocks.parameters()) == rung.body
