@@ -16,7 +16,6 @@ from scripts.bench.study import (
     DENSE,
     DENSE_RATES,
     DENSE_SEEDS,
-    GRID,
     RUNGS,
     SEEDS,
     SMALLER_RATES,
@@ -39,9 +38,11 @@ def jobs(rows: Sequence[Row]) -> Iterator[Job]:
     Args:
         rows: The log.
     """
-    for rung in RUNGS.values():
-        study = Study(rung, rows)
-        yield from study.jobs()
+    studies = [Study(rung, rows) for rung in RUNGS.values()]
+    for study in studies:
+        yield from study.at_first_budget()
+    for study in studies:
+        yield from study.at_other_budgets()
 
 
 class Study:
@@ -59,8 +60,13 @@ class Study:
         self.rows = [row for row in rows if row["rung"] == rung.name]
 
     def jobs(self) -> Iterator[Job]:
-        """Yield the runs: the frontier, then arm by arm at the first budget, then at the others."""
-        first, *others = self.rung.budgets
+        """Yield all runs of the rung."""
+        yield from self.at_first_budget()
+        yield from self.at_other_budgets()
+
+    def at_first_budget(self) -> Iterator[Job]:
+        """Yield the dense runs that the first results need, and then arm by arm."""
+        first = self.rung.budgets[0]
         within = [budget for budget in self.rung.dense_budgets if budget <= max(self.rung.budgets)]
         for budget in self.rung.tuned_budgets:
             yield from self.tuning(DENSE, budget)
@@ -75,9 +81,12 @@ class Study:
             if arm.role == "method":
                 yield from self.tuned_itself(self.smaller_tuned)
                 yield from self.controls(arm, first)
+
+    def at_other_budgets(self) -> Iterator[Job]:
+        """Yield all dense runs, and then what is left, budget by budget and arm by arm."""
         for budget in self.rung.dense_budgets:
             yield from self.reported(DENSE, budget)
-        for budget in others:
+        for budget in self.rung.budgets[1:]:
             for arm in self.others:
                 yield from self.reported(arm, budget)
                 if arm.role == "method":
@@ -101,9 +110,9 @@ class Study:
     def tuning(self, arm: Arm, budget: float) -> Iterator[Job]:
         """Yield the trials of an arm's learning rate that are known to be needed."""
         losses = self.trials(arm, budget)
-        for rate in (*GRID, *(rate for rate in losses if rate not in GRID)):
+        for rate in (*self.rung.grid, *(rate for rate in losses if rate not in self.rung.grid)):
             yield self._job(arm, "tune", budget, rate, TUNING_SEED)
-        if all(rate in losses for rate in GRID) and (rate := self._next_trial(arm, losses)) is not None:
+        if all(rate in losses for rate in self.rung.grid) and (rate := self._next_trial(arm, losses)) is not None:
             yield self._job(arm, "tune", budget, rate, TUNING_SEED)
 
     def reported(
@@ -147,7 +156,7 @@ class Study:
     def tuned(self, arm: Arm, budget: float) -> float | None:
         """Return the best learning rate at a budget, or ``None`` while it is not known."""
         losses = self.trials(arm, budget)
-        if not all(rate in losses for rate in GRID) or self._next_trial(arm, losses) is not None:
+        if not all(rate in losses for rate in self.rung.grid) or self._next_trial(arm, losses) is not None:
             return None
         return best_rate(losses)
 
@@ -196,7 +205,7 @@ class Study:
         return [found[key] for key in sorted(wanted & set(found))]
 
     def _next_trial(self, arm: Arm, losses: dict[float, float]) -> float | None:
-        return next_trial(losses, refined=arm == self.smaller_tuned)
+        return next_trial(losses, refined=arm == self.smaller_tuned, grid=self.rung.grid)
 
     def _job(self, arm: Arm, stage: str, budget: float, lr: float, seed: int, share: float = 1.0) -> Job:
         # Rounded up: a control must not get less than what it is held against.

@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from lit_accel.report.axes import COLOURS, DENSE_COLOUR
 from lit_accel.report.saving import Saving
 from scripts.bench.analysis import Evidence, Reading
-from scripts.bench.study import DENSE, GRID
+from scripts.bench.study import DENSE
 
 _GREY, _GRID = "#808080", "#e3e3e3"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -153,7 +153,7 @@ def _tunings(evidence: Evidence) -> Figure:
         panel.plot(np.array(rates)[beyond], np.full(beyond.sum(), 0.95 * _TOP), "^", color=COLOURS[1][0], ms=6)
         panel.set_xscale("log")
         panel.set_ylim(-0.02, _TOP)
-        panel.xaxis.set_major_locator(FixedLocator(GRID))
+        panel.xaxis.set_major_locator(FixedLocator(evidence.rung.grid))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1000 * value:g}"))
         panel.xaxis.set_minor_locator(NullLocator())
         panel.set_title(title, fontsize=7)

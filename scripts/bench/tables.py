@@ -13,7 +13,7 @@ from lit_accel.report.saving import Saving
 from scripts.bench.analysis import CONFIDENCE, Evidence, Gap, Reading, mean_and_deviation
 from scripts.bench.jobs import jobs, row_key
 from scripts.bench.log import Row
-from scripts.bench.study import DENSE, GRID, Arm, Rung
+from scripts.bench.study import DENSE, Arm, Rung
 from scripts.bench.tuning import is_interior
 from scripts.bench.verdicts import verdict
 
@@ -162,7 +162,7 @@ def tuning_table(evidence: Evidence) -> str:
     others = [*evidence.study.others, evidence.study.smaller_tuned]
     found += [(arm, budgets[0]) for arm in others if arm.name in known]
     trials = [(arm, budget, evidence.study.trials(arm, budget)) for arm, budget in found]
-    rates = sorted({rate for _, _, losses in trials for rate in losses} | set(GRID))
+    rates = sorted({rate for _, _, losses in trials for rate in losses} | set(evidence.rung.grid))
     lines = []
     for arm, budget, losses in trials:
         best = min(losses.values(), default=math.nan)

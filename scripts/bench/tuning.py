@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from scripts.bench.study import EXTENSIONS, GRID
 
 _STEP = 2.0
 
 
-def next_trial(losses: Mapping[float, float], refined: bool = False) -> float | None:
+def next_trial(losses: Mapping[float, float], refined: bool = False, grid: Sequence[float] = GRID) -> float | None:
     """Return a learning rate that is to be tried, or ``None`` if the optimum is found.
 
     Args:
         losses: Held-out losses of the trials so far.
         refined: Whether there are trials half a step on both sides of the best of the grid, too.
+        grid: Learning rates that are tried in any case, each twice the one before.
     """
-    for rate in GRID:
+    for rate in grid:
         if rate not in losses:
             return rate
-    on_grid = {rate: loss for rate, loss in losses.items() if _is_on_grid(rate)}
+    on_grid = {rate: loss for rate, loss in losses.items() if _is_on_grid(rate, grid)}
     best = min(on_grid, key=lambda rate: on_grid[rate])
-    if len(on_grid) < len(GRID) + EXTENSIONS:
+    if len(on_grid) < len(grid) + EXTENSIONS:
         if best == max(on_grid):
             return best * _STEP
         if best == min(on_grid):
@@ -81,8 +82,8 @@ def between(rates: Mapping[float, float], budget: float) -> float:
     return _three_digits(low_rate * (budget / low) ** power)
 
 
-def _is_on_grid(rate: float) -> bool:
-    steps = math.log(rate / GRID[0], _STEP)
+def _is_on_grid(rate: float, grid: Sequence[float]) -> bool:
+    steps = math.log(rate / grid[0], _STEP)
     return abs(steps - round(steps)) < 1e-6
 
 

@@ -57,5 +57,5 @@ def test_pictures_are_drawn(found, tmp_path):
 def test_the_parameters_in_blocks_are_those_of_the_model(rung):
     with torch.device("meta"):
         model = getattr(lit_accel.tasks, rung.task)(**rung.model).model
-    blocks = model.transformer.h if rung.name == "gpt" else model.blocks
+    blocks = model.get_submodule({"gpt": "transformer.h", "vit": "blocks", "bert": "bert.encoder.layer"}[rung.name])
     assert sum(parameter.numel() for parameter in blocks.parameters()) == rung.body

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.bench.study import EXTENSIONS, GRID
+from scripts.bench.study import EXTENSIONS, GRID, RUNGS
 from scripts.bench.tuning import best_rate, between, is_interior, next_trial
 
 
@@ -22,12 +22,13 @@ def test_the_optimum_of_a_parabola_is_found_between_the_trials(log_optimum, curv
     assert best_rate(losses) == pytest.approx(2**log_optimum, rel=0.006)  # three digits are written
 
 
-def test_all_of_the_grid_is_tried_before_anything_else():
+@pytest.mark.parametrize("grid", [rung.grid for rung in RUNGS.values()], ids=list(RUNGS))
+def test_all_of_a_rungs_grid_is_tried_before_anything_else(grid):
     tried: dict[float, float] = {}
-    for rate in GRID:
-        assert next_trial(tried) == rate
+    for rate in (*grid, *(2**more * grid[-1] for more in range(1, EXTENSIONS + 1))):
+        assert next_trial(tried, grid=grid) == rate
         tried[rate] = 2.0 - rate
-    assert next_trial(tried) == 2 * GRID[-1]
+    assert next_trial(tried, grid=grid) is None
 
 
 @pytest.mark.parametrize("optimum", [GRID[0] / 100, GRID[-1] * 100])
