@@ -202,7 +202,7 @@ class Evidence:
         groups = [group for group in self._groups if group not in fitted]
         return {cost: [Cell.of(group, cost) for group in groups] for cost in get_args(Cost)}
 
-    def smaller_models(self) -> list[tuple[End, ...]]:
+    def smaller_models(self) -> list[tuple[Arm, float, tuple[End, ...]]]:
         """Return the complete runs of smaller dense models, by model and budget."""
         arms = [
             (arm, budget)
@@ -210,7 +210,7 @@ class Evidence:
             for arm, _ in self._all_arms(budget)
             if arm.lr_of == SMALLER_RATES and self.is_complete(arm, budget)
         ]
-        return [self.ends(arm, budget) for arm, budget in arms]
+        return [(arm, budget, self.ends(arm, budget)) for arm, budget in arms]
 
     def _all_arms(self, budget: float) -> Iterator[tuple[Arm, float]]:
         seen = {DENSE.name}
@@ -271,7 +271,7 @@ class Evidence:
             in_flops=self._saving(self.in_flops, ends),
             in_seconds=self._saving(self.in_seconds, ends),
             flops_share=share,
-            seconds_share=_ratio([end.seconds for end in ends], [end.seconds for end in dense]),
+            seconds_share=seconds_share(ends, dense),
             paired=mean_and_deviation(paired) if len(paired) > 1 else None,
             b1=b1,
             b2=b2,
@@ -360,11 +360,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _ratio(values: Sequence[float], others: Sequence[float]) -> tuple[float, float] | None:
-    """Return the ratio of two geometric means, and the standard error of its logarithm."""
-    if len(values) < 2 or len(others) < 2:
+def seconds_share(ends: Sequence[End], dense: Sequence[End]) -> tuple[float, float] | None:
+    """Return the seconds of runs in parts of dense ones, and the standard error of the share's logarithm.
+
+    Args:
+        ends: The runs.
+        dense: Dense runs of as many steps.
+
+    Returns:
+        ``None`` if there is but one of either.
+    """
+    if len(ends) < 2 or len(dense) < 2:
         return None
-    one, other = np.log(values), np.log(others)
+    one, other = (np.log([end.seconds for end in group]) for group in (ends, dense))
     error = np.sqrt(one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other))
     return float(np.exp(one.mean() - other.mean())), float(error)
 

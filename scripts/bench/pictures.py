@@ -64,8 +64,8 @@ def _frontier(evidence: Evidence) -> Figure:
         )
     if controls := evidence.smaller_models():
         axes.plot(
-            [fmean(end.flops for end in ends) for ends in controls],
-            [fmean(end.loss for end in ends) for ends in controls],
+            [fmean(end.flops for end in ends) for _, _, ends in controls],
+            [fmean(end.loss for end in ends) for _, _, ends in controls],
             "D",
             ms=6,
             mfc="none",

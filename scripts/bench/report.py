@@ -20,7 +20,7 @@ _CARDS = {
     "token_dropping": ("ltd", "ltd-ltlr", "dense-ltlr", "ltd-route", "ltd-input", "ltd-patches", "vcycle-ltd"),
     "mixed_sparsity": ("mst-units", "mst-entries"),
 }
-_PARTS = ("regime", "frontier", "checks", "verdicts", "savings", "costs", "tuning")
+_PARTS = ("regime", "frontier", "depths", "checks", "verdicts", "savings", "costs", "tuning")
 _HOW_TO_READ = (
     "FLOPs and seconds are those of a run in parts of a dense run of as many steps; *saved* is at equal loss, against\n"
     "the tuned dense frontier, with 95 % intervals; *above B1* and *above B2* are nats above dense training of the\n"
@@ -48,6 +48,7 @@ def blocks() -> dict[Path, dict[str, str]]:
         study |= {
             f"study:{name}:regime": tables.regime(each.rung),
             f"study:{name}:frontier": tables.frontier_table(each),
+            f"study:{name}:depths": _by_budget(each, tables.depths_table),
             f"study:{name}:checks": tables.checks_table(each),
             f"study:{name}:verdicts": tables.verdicts_table(each),
             f"study:{name}:savings": _by_budget(each, tables.savings_table),

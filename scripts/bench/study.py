@@ -258,7 +258,7 @@ BERT = Rung(
         {"source": "stdlib", "tokenizer": "bytes", "block_size": 32, "batch_size": 64, "val_batches": 64, **_MASKED},
     ),
     unit_steps=1080,
-    dense_budgets=(0.5, 1.0, 2.0),
+    dense_budgets=(0.25, 0.5, 1.0, 2.0),
     fitted_budgets=(0.5, 1.0, 2.0),
     budgets=(1.0,),
     tuned_budgets=(1.0,),

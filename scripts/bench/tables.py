@@ -10,7 +10,7 @@ from scipy import stats
 
 from lit_accel.report.frontier import NUM_BUDGETS, amount
 from lit_accel.report.saving import Saving
-from scripts.bench.analysis import CONFIDENCE, Evidence, Gap, Reading, mean_and_deviation
+from scripts.bench.analysis import CONFIDENCE, Evidence, Gap, Reading, mean_and_deviation, seconds_share
 from scripts.bench.jobs import jobs, row_key
 from scripts.bench.log import Row
 from scripts.bench.study import DENSE, Arm, Rung
@@ -118,7 +118,7 @@ def costs_table(evidence: Evidence, budget: float) -> str:
         if reading.budget == budget:
             mean, deviation = reading.loss
             shift = "" if reading.paired is None else f"{reading.paired[0]:+.4f} ± {reading.paired[1]:.4f}"
-            costs = [f"{reading.flops_share:.3f}", _seconds(reading), _realised(reading)]
+            costs = [f"{reading.flops_share:.3f}", seconds_cell(reading.seconds_share), _realised(reading)]
             lines.append([reading.arm.title, f"{reading.lr:.2g}", *costs, f"{mean:.4f} ± {deviation:.4f}", shift])
     header = ["arm", "learning rate", "FLOPs", "seconds", "realised share", "held-out loss", "above dense, same seed"]
     return table(header, lines)
@@ -134,11 +134,23 @@ def savings_table(evidence: Evidence, budget: float) -> str:
     return table(["arm", "FLOPs saved", "seconds saved", "nats above B1", "nats above B2"], lines)
 
 
-def _seconds(reading: Reading) -> str:
-    if reading.seconds_share is None:
-        return ""
-    share, error = reading.seconds_share
-    return f"{share:.2f} ± {share * error:.2f}"
+def depths_table(evidence: Evidence, budget: float) -> str:
+    """Return what dense models with fewer blocks cost, and where they end in as many steps as the full one."""
+    dense = evidence.dense.get(budget, ())
+    known = [(arm, ends) for arm, trained_for, ends in evidence.smaller_models() if trained_for == budget]
+    known.sort(key=lambda each: each[1][0].flops)
+    lines = []
+    for title, ends in (*((arm.title, ends) for arm, ends in known), (DENSE.title, dense)):
+        mean, deviation = mean_and_deviation([end.loss for end in ends])
+        share = fmean(end.flops for end in ends) / fmean(end.flops for end in dense)
+        seconds = seconds_cell(seconds_share(ends, dense)) if ends is not dense else "1"
+        lines.append([title, f"{len(ends)}", f"{share:.3f}", seconds, f"{mean:.4f} ± {deviation:.4f}"])
+    return table(["model", "seeds", "FLOPs", "seconds", "held-out loss"], lines)
+
+
+def seconds_cell(share: tuple[float, float] | None) -> str:
+    """Return seconds in parts of dense ones, with their standard error."""
+    return "" if share is None else f"{share[0]:.2f} ± {share[0] * share[1]:.2f}"
 
 
 def _realised(reading: Reading) -> str:
@@ -203,7 +215,7 @@ def card_table(evidence: Evidence, arms: Sequence[str]) -> str:
     lines = [
         [
             *(reading.arm.title, f"x{reading.budget:g}"),
-            *(f"{reading.flops_share:.2f}", _seconds(reading)),
+            *(f"{reading.flops_share:.2f}", seconds_cell(reading.seconds_share)),
             *(saving_cell(reading.in_flops), saving_cell(reading.in_seconds)),
             *(gap_cell(reading.b1), gap_cell(reading.b2)),
         ]

@@ -42,10 +42,23 @@ def test_tables_are_whole(found):
             tables.tuning_table(evidence),
             *(tables.costs_table(evidence, budget) for budget in evidence.rung.budgets),
             *(tables.savings_table(evidence, budget) for budget in evidence.rung.budgets),
+            *(tables.depths_table(evidence, budget) for budget in evidence.rung.budgets),
         ):
             lines = [line for line in text.splitlines() if line.startswith("|")]
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
             assert len(lines) > 2
+
+
+def test_smaller_models_stand_beside_the_full_one_cheapest_first(found):
+    evidence = found["gpt"]
+    rows = [line.split(" | ") for line in tables.depths_table(evidence, 1.0).splitlines()[2:]]
+    costs = [float(flops) for _, _, flops, _, _ in rows]
+    assert rows[-1][0] == "| dense"
+    assert costs[-1] == 1
+    assert costs == sorted(costs)
+    written = dict(zip([name for name, *_ in rows], rows, strict=True))
+    # As planted: 6 blocks cost three quarters of 8.
+    assert written["| dense, 6 blocks"][1:4] == ["3", "0.750", "0.75 ± 0.00"]
 
 
 def test_pictures_are_drawn(found, tmp_path):
