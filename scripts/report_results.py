@@ -144,8 +144,9 @@ def share_table() -> str:
     """Return how much of the small level's counted saving arrives in seconds."""
     record = json.loads((RESULTS / "realised_share.json").read_text())
     lines = [
-        f"| {row['merge_batches']} | {'yes' if row['keeps_memory'] else 'no'} | {row['flops_ratio']:.3f} | "
-        f"{row['time_ratio']:.3f} | {row['realised_share']:.2f} |"
+        f"| {row['merge_batches']} | {'yes' if row['keeps_memory'] else 'no'} | {'yes' if row['is_quick'] else 'no'} | "
+        f"{row['step_seconds'][0]:.2f} s | {row['flops_ratio']:.3f} | {row['time_ratio']:.3f} | "
+        f"{row['realised_share']:.2f} |"
         for row in record["rows"]
     ]
     return "\n".join(
@@ -153,10 +154,12 @@ def share_table() -> str:
             "An optimizer step of the small level in parts of one of the full level: a GPT of 12 blocks and width 256,",
             f"{record['num_tokens']} tokens, bf16-mixed, a step being {record['accumulate']} micro-batches of "
             f"{record['micro_batch']} sequences at level 0;",
-            "the levels are measured in turns within a run. Realised share: log(time ratio) / log(FLOPs ratio).",
+            "the levels are measured in turns within a run. Realised share: log(time ratio) / log(FLOPs ratio). Quick "
+            "options:",
+            "attention as plain matrix products and GELU as one operation, of which the full model gains, too.",
             "",
-            "| `merge_batches` | glibc keeps memory | FLOPs | seconds | realised share |",
-            "| --- | --- | --- | --- | --- |",
+            "| `merge_batches` | glibc keeps memory | quick options | full step | FLOPs | seconds | realised share |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
             *lines,
             "",
             f"`python -m scripts.measure_realised_share`; {machine(record['provenance'])}.",

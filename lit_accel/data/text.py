@@ -36,7 +36,8 @@ class TextDataModule(ResumableDataModule):
       that does not must do it itself.
     - Masked: `labels` holds the original token at the selected positions and -100 at all others. See
       `lit_accel.data.masking`. A mask depends on `(seed, epoch, window)` only, whatever the batch size, number
-      of processes or workers, and never changes in validation.
+      of processes or workers. What is held out has the same masks in every epoch and with every seed, so that losses of
+      runs that differ in their seed can be compared.
 
     The tail of the text is held out, before anything is shuffled, and serves validation, test and prediction.
     In training each epoch visits each window once, shuffled by `(seed, epoch)`, in full batches of the same number
@@ -72,7 +73,7 @@ class TextDataModule(ResumableDataModule):
         val_fraction: Share of the text, at its end, that is held out.
         val_batches: Evaluate on the windows of so many batches only, in all processes together, evenly spread over
             the held-out text; None is all of them.
-        seed: Seed of the order and of the masks.
+        seed: Seed of the order and of the masks of training.
         num_workers: Processes that load data, for each training process; 0 loads in the training process.
         cache_dir: Folder of token files and trained tokenizers.
         max_bytes: Use only the first so many bytes of the text, for quick tests; None is all.
@@ -235,7 +236,7 @@ class TextDataModule(ResumableDataModule):
         assert isinstance(mask_id, int)  # setup has checked
         return partial(
             _masked,
-            keys=(self.seed, _MASKS, _PARTS.index(part)),
+            keys=(self.seed if part == "train" else 0, _MASKS, _PARTS.index(part)),
             mask_id=mask_id,
             num_tokens=len(self.tokenizer),
             special_ids=torch.tensor(self.tokenizer.all_special_ids),

@@ -66,7 +66,7 @@ def saving_against(
     low, high = frontier.losses
     if not low <= loss <= high:
         side = "better" if loss < low else "worse"
-        return Saving(cost, loss, None, f"outside the measured range: {side} than every dense end")
+        return Saving(cost, loss, None, f"outside the measured range: {side} than every dense end on the curve")
     dense_log_cost = float(frontier.curve.log_cost(np.array([loss]))[0])
     if not np.isfinite(dense_log_cost):
         return Saving(cost, loss, None, "outside the measured range: at or below the floor of the dense curve")

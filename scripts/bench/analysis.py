@@ -38,6 +38,7 @@ class End:
         seed: The seed.
         dense_flops: What the full model would have paid for the same batches.
         num_steps: Optimizer steps.
+        accuracy: What else was measured on the held-out data, if the rung says what.
     """
 
     flops: float
@@ -46,6 +47,7 @@ class End:
     seed: int
     dense_flops: float
     num_steps: int
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class Evidence:
                 seed=row["seed"],
                 dense_flops=row["dense_flops"],
                 num_steps=row["num_steps"],
+                accuracy=row["val_metrics"][self.rung.accuracy] if self.rung.accuracy else None,
             )
             for row in self.study.finished(arm, budget, share)
         ]

@@ -55,8 +55,6 @@ class Study:
 
     def __init__(self, rung: Rung, rows: Sequence[Row]) -> None:
         self.rung = rung
-        self._all = rows
-        self.arms = {arm.name: arm for arm in ARMS[rung.name]}
         self.rows = [row for row in rows if row["rung"] == rung.name]
 
     def jobs(self) -> Iterator[Job]:
@@ -66,8 +64,9 @@ class Study:
 
     def at_first_budget(self) -> Iterator[Job]:
         """Yield the dense runs that the first results need, and then arm by arm."""
-        first = self.rung.budgets[0]
-        within = [budget for budget in self.rung.dense_budgets if budget <= max(self.rung.budgets)]
+        first, *others = self.rung.budgets
+        # Without other budgets there is nothing to put the longest dense runs off for.
+        within = [budget for budget in self.rung.dense_budgets if not others or budget <= max(others)]
         for budget in self.rung.tuned_budgets:
             yield from self.tuning(DENSE, budget)
         for budget in within:
@@ -95,7 +94,7 @@ class Study:
     @property
     def others(self) -> list[Arm]:
         """All arms of the registry but the dense one."""
-        return [arm for arm in self.arms.values() if arm.role != "dense"]
+        return [arm for arm in ARMS[self.rung.name] if arm.role != "dense"]
 
     @property
     def smaller_tuned(self) -> Arm:
@@ -104,7 +103,7 @@ class Study:
 
     def tuned_itself(self, arm: Arm) -> Iterator[Job]:
         """Yield the trials of an arm that does not take over the learning rate of another."""
-        if self.rung.tunes_methods and (arm.lr_of is None or arm == self.smaller_tuned):
+        if arm.lr_of is None or arm == self.smaller_tuned:
             yield from self.tuning(arm, self.rung.tuned_budgets[0])
 
     def tuning(self, arm: Arm, budget: float) -> Iterator[Job]:
@@ -174,17 +173,11 @@ class Study:
         return float(f"{between(dense, budget) * factor * arm.lr_factor:.3g}")
 
     def factor(self, arm: Arm) -> float | None:
-        """Return an arm's best learning rate in parts of the dense one at the budget of all tunings.
-
-        A rung that tunes no methods takes it from the first rung.
-        """
+        """Return an arm's best learning rate in parts of the dense one at the budget of all tunings."""
         if arm.role == "dense" or arm.lr_of == DENSE_RATES:
             return 1.0
-        if not self.rung.tunes_methods:
-            first = Study(next(iter(RUNGS.values())), self._all)
-            return first.factor(arm if arm.lr_of else first.arms[arm.name])
-        if arm.lr_of is not None:
-            arm = self.smaller_tuned if arm.lr_of == SMALLER_RATES else self.arms[arm.lr_of]
+        if arm.lr_of == SMALLER_RATES:
+            arm = self.smaller_tuned
         budget = self.rung.tuned_budgets[0]
         own, dense = self.tuned(arm, budget), self.tuned(DENSE, budget)
         return None if own is None or dense is None else own / dense

@@ -162,7 +162,7 @@ def _tunings(evidence: Evidence) -> Figure:
         panel.set_visible(False)
     figure.supxlabel("learning rate, thousandths", fontsize=9)
     figure.supylabel("nats above the best trial", fontsize=9)
-    _title(figure, "Every arm's learning rate was tuned on the same grid (arrows: beyond the axis)")
+    _title(figure, "Every arm's learning rate was tuned (arrows: beyond the axis)")
     return figure
 
 

@@ -46,7 +46,7 @@ def blocks() -> dict[Path, dict[str, str]]:
             study |= {f"study:{name}:{part}": "Not run yet." for part in _PARTS}
             continue
         study |= {
-            f"study:{name}:regime": tables.regime(each.rung),
+            f"study:{name}:regime": tables.regime(each),
             f"study:{name}:frontier": tables.frontier_table(each),
             f"study:{name}:depths": _by_budget(each, tables.depths_table),
             f"study:{name}:checks": tables.checks_table(each),
@@ -57,11 +57,11 @@ def blocks() -> dict[Path, dict[str, str]]:
         }
     summary = [tables.state(rows)]
     for each in found.values():
-        summary += [tables.regime(each.rung), tables.verdicts_table(each)]
+        summary += [tables.regime(each), tables.verdicts_table(each)]
     cards = {
         ROOT / "lit_accel" / "methods" / method / "README.md": {
             "results:study": "\n\n".join(
-                [_HOW_TO_READ, *(f"{tables.regime(e.rung)}\n\n{tables.card_table(e, arms)}" for e in found.values())]
+                [_HOW_TO_READ, *(f"{tables.regime(e)}\n\n{tables.card_table(e, arms)}" for e in found.values())]
             )
         }
         for method, arms in _CARDS.items()

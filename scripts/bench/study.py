@@ -7,12 +7,12 @@ that its earlier runs stay in the log under the old one. How results are read is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from scripts.bench.attention import NAME as SHORT_SEQUENCES
 
-# What an arm can take its learning rates from, beside other arms: dense training, and the smaller model that is tuned.
+# What an arm can take its learning rates from: dense training, and the smaller model that is tuned.
 DENSE_RATES, SMALLER_RATES = "dense", "smaller"
 Role = Literal["dense", "null", "control", "method"]
 Schedule = Literal["linear", "layer_token", "layer_token_held", "none"]
@@ -47,11 +47,11 @@ class Rung:
         fitted_budgets: Those that the frontier is fitted to.
         budgets: Of the methods.
         tuned_budgets: At which the dense learning rate is tuned; the first is that of all tunings.
-        tokens_per_step: Tokens, or patches, of a step.
+        samples_per_step: Sequences or images of a step.
+        tokens_per_sample: Tokens of one, patches and class token of an image.
         body: Parameters of the blocks.
         grid: Learning rates of a tuning.
-        tunes_methods: Whether each arm has a tuning of its own here, or the learning rate that it had on the first
-            rung, in relation to the dense one.
+        accuracy: What else is measured on the held-out data, and shown beside the loss.
     """
 
     name: str
@@ -66,10 +66,16 @@ class Rung:
     fitted_budgets: tuple[float, ...]
     budgets: tuple[float, ...]
     tuned_budgets: tuple[float, ...]
-    tokens_per_step: int
+    samples_per_step: int
+    tokens_per_sample: int
     body: int
     grid: tuple[float, ...] = GRID
-    tunes_methods: bool = True
+    accuracy: str | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens, or patches, of an optimizer step."""
+        return self.samples_per_step * self.tokens_per_sample
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,8 @@ class Arm:
             tokens. ``layer_token_held``: the learning rates of the latter, in dense training. ``none``: the method's.
         changes: Arguments of the model's configuration that are different.
         lr_factor: Of the learning rate that is taken over.
-        lr_of: The arm whose learning rates are taken over, :data:`DENSE_RATES` or :data:`SMALLER_RATES`; by default
-            the arm is tuned itself.
+        lr_of: Whose learning rates are taken over, :data:`DENSE_RATES` or :data:`SMALLER_RATES`; by default the arm is
+            tuned itself.
         seeds: Seeds of the reported runs.
     """
 
@@ -130,11 +136,13 @@ GPT = Rung(
     fitted_budgets=(0.5, 1.0, 2.0, 4.0),
     budgets=(1.0, 2.0),
     tuned_budgets=(0.5, 2.0),
-    tokens_per_step=2048,
+    samples_per_step=16,
+    tokens_per_sample=128,
     body=894_720,
 )
 
 DENSE = Arm("dense", "dense", role="dense")
+HALF_LR = Arm("half-lr", "dense, half the learning rate", role="control", lr_of=DENSE_RATES, lr_factor=0.5)
 _VCYCLE = ("MultiLevelTraining", {})
 _LTD = {"start_tokens": 0.25, "growth": 0.7}
 _HALF = {"n_embd": 48, "n_head": 2, "n_layer": 4}
@@ -142,7 +150,7 @@ _ENTRIES = {"ffn_units": "element", "attention_units": "element", "update_every"
 _GPT_ARMS = (
     DENSE,
     Arm("null", "null method (dense, other seeds)", role="null", lr_of=DENSE_RATES, seeds=NULL_SEEDS),
-    Arm("half-lr", "dense, half the learning rate", role="control", lr_of=DENSE_RATES, lr_factor=0.5),
+    HALF_LR,
     Arm("vcycle", "V-cycle, correction rule", callbacks=(_VCYCLE,)),
     Arm(
         "pld-paper",
@@ -189,12 +197,12 @@ _GPT_ARMS = (
     ),
 )
 
-# The other rungs: a vision model and an encoder, each method once.
+# The other rungs: a vision model and an encoder, each method once, with fewer trials.
+_FEWER_TRIALS = (1e-3, 2e-3, 4e-3)
 _ON_ALL = {
-    *("dense", "null", "half-lr", "vcycle", "pld-paper", "dropping-decreasing", "sbld", "ltd", "mst-units"),
+    *("vcycle", "pld-paper", "dropping-decreasing", "sbld", "ltd", "mst-units"),
     *("vcycle-ltd", "mst-entries"),
 }
-# Its methods have the learning rate, in parts of the dense one, that was best for them on the first rung.
 VIT = Rung(
     name="vit",
     title="ViT, 8 blocks, width 96, Fashion-MNIST in 49 patches",
@@ -210,29 +218,35 @@ VIT = Rung(
     depth="depth",
     data=(
         "ImageDataModule",
-        {"source": "fashion_mnist", "image_size": 28, "in_chans": 1, "batch_size": 32, "val_batches": 64},
+        {"source": "fashion_mnist", "image_size": 28, "in_chans": 1, "batch_size": 32},
     ),
     unit_steps=900,
     dense_budgets=(0.25, 0.5, 1.0, 2.0),
     fitted_budgets=(0.25, 0.5, 1.0, 2.0),
     budgets=(1.0,),
-    tuned_budgets=(1.0,),
-    tokens_per_step=32 * 50,
+    tuned_budgets=(1.0, 0.5),
+    samples_per_step=32,
+    tokens_per_sample=50,
     body=894_720,
-    tunes_methods=False,
+    grid=_FEWER_TRIALS,
+    accuracy="val/top1",
+)
+# With as many seeds as dense training: three may not tell the two apart where losses differ little.
+_SAME_ON_ALL = (
+    *(arm for arm in _GPT_ARMS if arm.role in ("dense", "null")),
+    replace(HALF_LR, seeds=DENSE_SEEDS),
+    *(arm for arm in _GPT_ARMS if arm.name in _ON_ALL),
 )
 _VIT_ARMS = (
-    *(arm for arm in _GPT_ARMS if arm.name in _ON_ALL),
+    *_SAME_ON_ALL,
     Arm(
         "ltd-patches",
         "patches dropped at the input",
         callbacks=(("RandomLTD", {**_LTD, "scope": "input"}),),
-        lr_of="ltd",
     ),
 )
 
-# Norms after the blocks stand other learning rates than those before them, so each arm is tuned here, in fewer
-# trials. The windows are short because a model as small as this one is stuck for longer the more positions it has: on
+# The windows are short because a model as small as this one is stuck for longer the more positions it has: on
 # windows of 64 bytes dense pilots had not begun to use what stands beside a masked byte late in their budget.
 _BERT_SIZES = {
     "num_hidden_layers": 8,
@@ -258,16 +272,18 @@ BERT = Rung(
         {"source": "stdlib", "tokenizer": "bytes", "block_size": 32, "batch_size": 64, "val_batches": 64, **_MASKED},
     ),
     unit_steps=1080,
-    dense_budgets=(0.25, 0.5, 1.0, 2.0),
-    fitted_budgets=(0.5, 1.0, 2.0),
+    dense_budgets=(0.25, 0.5, 0.75, 1.0, 2.0),
+    fitted_budgets=(0.5, 0.75, 1.0, 2.0),
     budgets=(1.0,),
-    tuned_budgets=(1.0,),
-    tokens_per_step=2048,
+    tuned_budgets=(1.0, 0.5),
+    samples_per_step=64,
+    tokens_per_sample=32,
     body=894_720,
-    grid=(1e-3, 2e-3, 4e-3),
+    grid=_FEWER_TRIALS,
+    accuracy="val/accuracy",
 )
 _BERT_ARMS = (
-    *(arm for arm in _GPT_ARMS if arm.name in _ON_ALL - {"pld-paper"}),
+    *(arm for arm in _SAME_ON_ALL if arm.name != "pld-paper"),
     # Where norms stand after the blocks, what comes out of one cannot be scaled; PLD is published with norms before.
     Arm(
         "pld-unscaled",

@@ -10,10 +10,10 @@ from scipy import stats
 
 from lit_accel.report.frontier import NUM_BUDGETS, amount
 from lit_accel.report.saving import Saving
-from scripts.bench.analysis import CONFIDENCE, Evidence, Gap, Reading, mean_and_deviation, seconds_share
+from scripts.bench.analysis import CONFIDENCE, End, Evidence, Gap, Reading, mean_and_deviation, seconds_share
 from scripts.bench.jobs import jobs, row_key
 from scripts.bench.log import Row
-from scripts.bench.study import DENSE, Arm, Rung
+from scripts.bench.study import DENSE, Arm
 from scripts.bench.tuning import is_interior
 from scripts.bench.verdicts import verdict
 
@@ -37,14 +37,17 @@ def state(rows: Sequence[Row]) -> str:
     )
 
 
-def regime(rung: Rung) -> str:
-    """Return what the verdicts of a rung are limited to."""
-    tokens = [budget * rung.unit_steps * rung.tokens_per_step for budget in (*rung.budgets, max(rung.dense_budgets))]
+def regime(evidence: Evidence) -> str:
+    """Return what the verdicts of a rung are limited to, as far as it was run."""
+    rung = evidence.rung
+    run = {reading.budget for reading in evidence.readings if reading.arm.role == "method"}
+    tokens = [budget * rung.unit_steps * rung.tokens_per_step for budget in (*sorted(run), max(evidence.dense))]
     *methods, longest = [f"{number / rung.body:.1f}" for number in tokens]
+    trained = f"methods were trained for {' and '.join(methods)} of them a parameter, " if methods else ""
     return (
-        f"{rung.title}: {rung.body / 1e6:.2f}M parameters in blocks, {rung.tokens_per_step:,} tokens a step. Methods "
-        f"are trained for {' and '.join(methods)} tokens a parameter, dense models for up to {longest}; less than one "
-        "epoch each. That is far from converged: the regime in which small and cheap models look best."
+        f"{rung.title}: {rung.body / 1e6:.2f}M parameters in blocks, steps of {rung.samples_per_step} x "
+        f"{rung.tokens_per_sample} tokens; {trained}dense models for up to {longest}, less than one epoch each. "
+        "That is far from converged: the regime in which small and cheap models look best."
     )
 
 
@@ -58,9 +61,9 @@ def frontier_table(evidence: Evidence) -> str:
         cost = amount(fmean(end.flops for end in ends), "flops")
         name = f"x{budget:g}" + ("" if budget in rung.fitted_budgets else " (not fitted)")
         cells = [name, f"{ends[0].num_steps:,}", f"{tokens / rung.body:.1f}", f"{rate:g}", cost]
-        lines.append([*cells, f"{mean:.4f} ± {deviation:.4f}"])
+        lines.append([*cells, f"{mean:.4f} ± {deviation:.4f}", *accuracy_cells(evidence, ends)])
     header = ["budget", "steps", "tokens a parameter", "learning rate", "cost", "held-out loss"]
-    return f"{table(header, lines)}\n\n{_noise(evidence)}"
+    return f"{table([*header, *accuracy_header(evidence)], lines)}\n\n{_noise(evidence)}"
 
 
 def _noise(evidence: Evidence) -> str:
@@ -119,9 +122,23 @@ def costs_table(evidence: Evidence, budget: float) -> str:
             mean, deviation = reading.loss
             shift = "" if reading.paired is None else f"{reading.paired[0]:+.4f} ± {reading.paired[1]:.4f}"
             costs = [f"{reading.flops_share:.3f}", seconds_cell(reading.seconds_share), _realised(reading)]
-            lines.append([reading.arm.title, f"{reading.lr:.2g}", *costs, f"{mean:.4f} ± {deviation:.4f}", shift])
+            ends = [f"{mean:.4f} ± {deviation:.4f}", shift, *accuracy_cells(evidence, reading.ends)]
+            lines.append([reading.arm.title, f"{reading.lr:.2g}", *costs, *ends])
     header = ["arm", "learning rate", "FLOPs", "seconds", "realised share", "held-out loss", "above dense, same seed"]
-    return table(header, lines)
+    return table([*header, *accuracy_header(evidence)], lines)
+
+
+def accuracy_header(evidence: Evidence) -> list[str]:
+    """Return the name of the column of the accuracy, on rungs that have one."""
+    return ["accuracy, %"] if evidence.rung.accuracy else []
+
+
+def accuracy_cells(evidence: Evidence, ends: Sequence[End]) -> list[str]:
+    """Return the accuracy of runs, on rungs that have one."""
+    if not evidence.rung.accuracy:
+        return []
+    mean, deviation = mean_and_deviation([100 * end.accuracy for end in ends if end.accuracy is not None])
+    return [f"{mean:.2f} ± {deviation:.2f}"]
 
 
 def savings_table(evidence: Evidence, budget: float) -> str:

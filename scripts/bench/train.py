@@ -141,6 +141,9 @@ def run_job(job: Job, commit: str) -> dict[str, Any]:
         "wall_seconds": wall,
         "reference_step": [before, reference_step(job.rung)],
         "val_loss": float(ledger.metrics["val/loss"][rows[-1]]),
+        "val_metrics": {
+            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
+        },
         "curve": [[float(ledger.flops[row]), float(ledger.metrics["val/loss"][row])] for row in rows[:-1]],
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "config": job.config_hash,

@@ -58,6 +58,7 @@ def _row(job: Job, worth: Mapping[str, float], best_lr: float) -> Row:
         "wall_seconds": 1.0,
         "reference_step": [0.1, 0.1],
         "val_loss": loss,
+        "val_metrics": {"val/top1": 1 / loss, "val/accuracy": 1 / loss},
         "curve": curve if job.curve else [],
         "config": job.config_hash,
         "data": "planted",

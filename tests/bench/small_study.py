@@ -18,7 +18,8 @@ SMALL = replace(
         {"source": "stdlib", "tokenizer": "bytes", "block_size": 16, "batch_size": 4, "val_batches": 4},
     ),
     unit_steps=60,
-    tokens_per_step=64,
+    samples_per_step=4,
+    tokens_per_sample=16,
     body=6_000,
 )
 
