@@ -195,6 +195,13 @@ _GPT_ARMS = (
         "layer dropping, decreasing, unscaled (exploratory)",
         callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3, "scale": "none"}),),
     ),
+    # Added on 2026-11-22, after SBLD had lost to B2: the learning rate rises for a tenth of the run, and by default
+    # SBLD looks at what blocks are worth after a twentieth.
+    Arm(
+        "sbld-later",
+        "SBLD, first measured after the warm-up (exploratory)",
+        callbacks=(("SensitivityLayerDropping", {"warmup": 0.1}),),
+    ),
 )
 
 # The other rungs: a vision model and an encoder, each method once, with fewer trials.
