@@ -202,6 +202,12 @@ _GPT_ARMS = (
         "SBLD, first measured after the warm-up (exploratory)",
         callbacks=(("SensitivityLayerDropping", {"warmup": 0.1}),),
     ),
+    # Added on the same day, after the trials of decreasing dropping had ended far lower without the scale.
+    Arm(
+        "sbld-unscaled",
+        "SBLD, unscaled (exploratory)",
+        callbacks=(("SensitivityLayerDropping", {"scale": "none"}),),
+    ),
 )
 
 # The other rungs: a vision model and an encoder, each method once, with fewer trials.
