@@ -16,7 +16,10 @@ FOLDER = ROOT / "docs" / "results"
 # The method's card, and the arms that it shows.
 _CARDS = {
     "multilevel": ("vcycle", "vcycle-paper", "small-expanded", "vcycle-ltd"),
-    "layer_dropping": ("pld-paper", "pld-unscaled", "dropping-decreasing", "dropping-unscaled", "sbld", "sbld-later", "sbld-unscaled"),
+    "layer_dropping": (
+        *("pld-paper", "pld-unscaled", "dropping-decreasing", "dropping-unscaled"),
+        *("sbld", "sbld-later", "sbld-unscaled"),
+    ),
     "token_dropping": ("ltd", "ltd-ltlr", "dense-ltlr", "ltd-route", "ltd-input", "ltd-patches", "vcycle-ltd"),
     "mixed_sparsity": ("mst-units", "mst-entries"),
 }

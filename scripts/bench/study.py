@@ -160,7 +160,7 @@ _GPT_ARMS = (
     Arm(
         "dropping-decreasing",
         "layer dropping, decreasing",
-        callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3}),),
+        callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3, "scale": "block"}),),
     ),
     Arm("sbld", "SBLD", callbacks=(("SensitivityLayerDropping", {}),)),
     Arm("ltd", "random-LTD", callbacks=(("RandomLTD", _LTD),)),
@@ -213,7 +213,7 @@ _GPT_ARMS = (
 # The other rungs: a vision model and an encoder, each method once, with fewer trials.
 _FEWER_TRIALS = (1e-3, 2e-3, 4e-3)
 _ON_ALL = {
-    *("vcycle", "pld-paper", "dropping-decreasing", "sbld", "ltd", "mst-units"),
+    *("vcycle", "pld-paper", "sbld", "ltd", "mst-units"),
     *("vcycle-ltd", "mst-entries"),
 }
 VIT = Rung(
@@ -249,6 +249,12 @@ _SAME_ON_ALL = (
     *(arm for arm in _GPT_ARMS if arm.role in ("dense", "null")),
     replace(HALF_LR, seeds=DENSE_SEEDS),
     *(arm for arm in _GPT_ARMS if arm.name in _ON_ALL),
+    # What is the default since the first rung has been run.
+    Arm(
+        "dropping-unscaled",
+        "layer dropping, decreasing, unscaled",
+        callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3, "scale": "none"}),),
+    ),
 )
 _VIT_ARMS = (
     *_SAME_ON_ALL,

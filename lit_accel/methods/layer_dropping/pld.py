@@ -56,7 +56,8 @@ class ProgressiveLayerDropping(LayerDropping):
         pinned: Indices of blocks that always run; negative ones count from the last. The depth rule counts the others.
         sampler: ``"systematic"`` or ``"bernoulli"``; see :func:`~lit_accel.methods.layer_dropping.sample_blocks`.
         scale: ``"block"``, ``"sublayer"`` or ``"none"``; see :class:`~lit_accel.methods.layer_dropping.BlockDropper`.
-            Default is ``"block"``, and ``"none"`` where norms stand after the addition, as in BERT.
+            Default is ``"block"``, and ``"none"`` where norms stand after the addition, as in BERT, and for
+            ``direction="decreasing"``, whose runs ended lower without it (docs/results).
         seed: Seed of the draws.
         check_ranks_every: With several processes, after how many optimizer steps they compare their masks.
 
@@ -84,6 +85,9 @@ class ProgressiveLayerDropping(LayerDropping):
         seed: int = 0,
         check_ranks_every: int = 100,
     ) -> None:
+        if scale is None and direction == "decreasing":
+            # Nothing is dropped at its end: the last steps see what evaluation sees, and no expectation is to be kept.
+            scale = "none"
         super().__init__(pinned=pinned, sampler=sampler, scale=scale, seed=seed, check_ranks_every=check_ranks_every)
         if not is_number(theta) or not 0 < theta <= 1:
             raise ValueError(f"theta is {theta!r}; it is a keep probability and must be in (0, 1].")
