@@ -3,7 +3,7 @@
 A GPT of 12 blocks and width 256 on sequences of 256 tokens goes up and down between its full size and half of it, so
 that the two are measured in turns within one run. The realised share of an optimizer step is
 ``log(time ratio) / log(FLOPs ratio)``: 1 where a step that costs a seventh of the FLOPs takes a seventh of the time.
-Written to ``scripts/results/realised_share.json``.
+Added to ``scripts/results/realised_share.json``: machines differ from day to day, so what was measured before stays.
 
 Each setting is measured in a process of its own, once with glibc as it is, which returns large buffers to the system
 after every use, so that each step pays for their pages anew; and once told to keep them. With the configuration as
@@ -198,7 +198,9 @@ def main() -> None:
         rows.append(measure_apart(merge, keeps_memory, is_quick, arguments.rounds))
         print_results(rows)
     record = {"num_tokens": NUM_TOKENS, "micro_batch": MICRO_BATCH, "accumulate": ACCUMULATE, "rows": rows}
-    RESULTS.write_text(json.dumps({**record, "keep_memory": KEEP_MEMORY, "provenance": provenance()}, indent=1) + "\n")
+    record |= {"keep_memory": KEEP_MEMORY, "provenance": provenance()}
+    earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    RESULTS.write_text(json.dumps([*earlier, record], indent=1) + "\n")
 
 
 if __name__ == "__main__":
