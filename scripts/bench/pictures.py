@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ _GREY, _GRID = "#808080", "#e3e3e3"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # Of the tunings' axis, in nats above the best trial.
 _TOP = 0.3
+# Characters of a title of theirs in a line.
+_TITLE_WIDTH = 34
 # What a saving's axis shows; what lies beyond is an arrow at its edge.
-_LEAST, _MOST, _EDGE = -0.6, 0.6, 0.02
+_LEAST, _MOST, _EDGE = -0.6, 0.8, 0.02
 
 
 def draw(evidence: Evidence, folder: Path) -> list[Path]:
@@ -112,10 +115,11 @@ def _savings(evidence: Evidence) -> Figure:
         _style(panel)
     panels[0].set_yticks(range(len(arms)), [arm.title for arm in arms])
     panels[0].invert_yaxis()
-    for number, budget in enumerate(evidence.rung.budgets):
+    run = {reading.budget for reading in evidence.readings}
+    for number, budget in enumerate(budget for budget in evidence.rung.budgets if budget in run):
         panels[0].plot([], [], _MARKERS[number], color=COLOURS[number][0], label=f"budget x{budget:g}")
     panels[1].plot([], [], "<", color=_GREY, label="beyond the axis, or worse than all dense runs")
-    figure.legend(loc="outside lower center", ncols=len(evidence.rung.budgets) + 1, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=len(run) + 1, frameon=False, fontsize=9)
     _title(figure, f"Saved against tuned dense training ({evidence.rung.title})")
     return figure
 
@@ -156,10 +160,12 @@ def _tunings(evidence: Evidence) -> Figure:
         panel.xaxis.set_major_locator(FixedLocator(evidence.rung.grid))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1000 * value:g}"))
         panel.xaxis.set_minor_locator(NullLocator())
-        panel.set_title(title, fontsize=7)
+        panel.set_title(fill(title, _TITLE_WIDTH), fontsize=7)
         _style(panel)
-    for panel in panels.flat[len(found) :]:
-        panel.set_visible(False)
+    for number in range(len(found), panels.size):
+        panels.flat[number].set_visible(False)
+        # What is above it is the lowest of its column.
+        panels.flat[number - columns].tick_params(labelbottom=True)
     figure.supxlabel("learning rate, thousandths", fontsize=9)
     figure.supylabel("nats above the best trial", fontsize=9)
     _title(figure, "Every arm's learning rate was tuned (arrows: beyond the axis)")
