@@ -57,11 +57,6 @@ class Study:
         self.rung = rung
         self.rows = [row for row in rows if row["rung"] == rung.name]
 
-    def jobs(self) -> Iterator[Job]:
-        """Yield all runs of the rung."""
-        yield from self.at_first_budget()
-        yield from self.at_other_budgets()
-
     def at_first_budget(self) -> Iterator[Job]:
         """Yield the dense runs that the first results need, and then arm by arm."""
         first, *others = self.rung.budgets
