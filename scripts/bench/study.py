@@ -143,6 +143,11 @@ GPT = Rung(
 
 DENSE = Arm("dense", "dense", role="dense")
 HALF_LR = Arm("half-lr", "dense, half the learning rate", role="control", lr_of=DENSE_RATES, lr_factor=0.5)
+_UNSCALED = Arm(
+    "dropping-unscaled",
+    "layer dropping, decreasing, unscaled",
+    callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3, "scale": "none"}),),
+)
 _VCYCLE = ("MultiLevelTraining", {})
 _LTD = {"start_tokens": 0.25, "growth": 0.7}
 _HALF = {"n_embd": 48, "n_head": 2, "n_layer": 4}
@@ -190,11 +195,7 @@ _GPT_ARMS = (
     ),
     # Added on 2026-11-22, after layer dropping with 1/p at blocks that are kept with p = 0.3 had ended far above dense
     # training: is it the dropping, or the scale?
-    Arm(
-        "dropping-unscaled",
-        "layer dropping, decreasing, unscaled (exploratory)",
-        callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3, "scale": "none"}),),
-    ),
+    replace(_UNSCALED, title=f"{_UNSCALED.title} (exploratory)"),
     # Added on 2026-11-22, after SBLD had lost to B2: the learning rate rises for a tenth of the run, and by default
     # SBLD looks at what blocks are worth after a twentieth.
     Arm(
@@ -250,11 +251,7 @@ _SAME_ON_ALL = (
     replace(HALF_LR, seeds=DENSE_SEEDS),
     *(arm for arm in _GPT_ARMS if arm.name in _ON_ALL),
     # What is the default since the first rung has been run.
-    Arm(
-        "dropping-unscaled",
-        "layer dropping, decreasing, unscaled",
-        callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3, "scale": "none"}),),
-    ),
+    _UNSCALED,
 )
 _VIT_ARMS = (
     *_SAME_ON_ALL,
