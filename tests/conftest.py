@@ -25,13 +25,14 @@ def cuda_devices_are_counted_once():
         yield
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """The models are tiny: threads would only wait for each other."""
-    num_threads = torch.get_num_threads()
+    """The models are tiny: threads would only wait for each other. Sums depend on it too."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+    with pytest.MonkeyPatch.context() as patch:
+        # What starts processes would have set the number anew.
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(autouse=True)

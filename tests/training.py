@@ -38,9 +38,10 @@ class TinyModule(L.LightningModule):
         scheduler: str | None = None,
         lr: float = 1e-2,
         seed: int = 0,
+        net: torch.nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.net = make_model(name, dtype=dtype, seed=seed, **SIZE).train()
+        self.net = (make_model(name, dtype=dtype, seed=seed, **SIZE) if net is None else net).train()
         self.optimizer, self.scheduler, self.lr = optimizer, scheduler, lr
         self.losses: list[float] = []
         self.rates: list[float] = []

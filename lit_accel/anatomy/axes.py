@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def positions_along(dim: Dim, axes: Mapping[str, int], axis: str, chosen: Sequen
     return positions
 
 
+# Blocks repeat their layouts, and a model is described many times in a run.
+@cache
 def parse_layout(layout: str) -> tuple[Dim, ...]:
     """Read a layout string, such as ``"in:embed, heads*head_dim + heads*head_dim"``.
 

@@ -46,6 +46,8 @@ def read_layouts(
             says.
     """
     layouts = {}
+    # Blocks repeat their layouts: a shape is worked out once.
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         entry = entry_of(name)
         if entry is None:
@@ -62,10 +64,12 @@ def read_layouts(
             reads_data=entry.reads_data,
             block=entry.block,
         )
-        if layout.shape(axes) != tuple(parameter.shape):
+        if (shape := shapes.get(entry.layout)) is None:
+            shape = shapes[entry.layout] = layout.shape(axes)
+        if shape != parameter.shape:
             raise AnatomyError(
                 f"The parameter {name!r} of {type(model).__name__} has the shape {tuple(parameter.shape)}, but its "
-                f"layout {entry.layout!r} and the config give {layout.shape(axes)}. The config and the weights "
+                f"layout {entry.layout!r} and the config give {shape}. The config and the weights "
                 "disagree."
             )
         layouts[name] = layout

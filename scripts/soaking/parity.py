@@ -70,7 +70,6 @@ class TokensInOne(RandomLTD):
 def train(case: Case, path: Path, cache: Path) -> None:
     """Train a case and write its final weights."""
     speak_to(path.with_suffix(f".{os.environ.get('RANK', 0)}.txt"))
-    torch.set_num_threads(1)
     L.seed_everything(3, verbose=False)
     # Each rank draws tokens of its own: one process can do that with a micro-batch for each rank alone.
     in_parts = case.how == "single" and RANDOM_LTD in case.titles

@@ -11,6 +11,8 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
+
 from scripts.soaking.ports import Ports
 
 CONTEXT: ForkServerContext = multiprocessing.get_context("forkserver")
@@ -41,6 +43,10 @@ def start_ranks(
 
 def _rank_main(rank: int, port: int, devices: int, target: Callable[..., None], args: Sequence[Any]) -> None:
     os.environ["MASTER_PORT"] = str(port)
+    # The models are tiny: threads of several ranks would only wait for each other. Strategies leave the number as it
+    # is where the variable is set.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     if devices > 1:
         # What torchrun tells its workers; Lightning then starts no processes of its own.
         os.environ.update(

@@ -163,7 +163,6 @@ def train(case: Case, folder: Path, cache: Path, start: int, save_every: int, de
     rank = int(os.environ.get("RANK", 0))
     speak_to(folder / f"output-{start}-{rank}.txt")
     faulthandler.dump_traceback_later(LIMIT, exit=True)
-    torch.set_num_threads(1)
     # What a killed writer leaves behind is to be found.
     temporary = folder / "temporary"
     temporary.mkdir(exist_ok=True)

@@ -128,16 +128,12 @@ def task_trained(folder: Path, name: str) -> dict[str, str]:
 def cases(tmp_path_factory) -> dict[str, dict[str, str]]:
     """All runs, by name."""
     folder = tmp_path_factory.mktemp("runs")
-    threads = torch.get_num_threads()
-    # Threads add up in an order of their own, and the outputs are compared bit for bit.
-    torch.set_num_threads(1)
     found = {}
     make = {f"{name}-{arm}": functools.partial(trained, name=name, arm=arm) for name in MODELS for arm in ARMS}
     make |= {f"task-{name}": functools.partial(task_trained, name=name) for name in TASKS}
     for case, run in make.items():
         (folder / case).mkdir()
         found[case] = run(folder / case)
-    torch.set_num_threads(threads)
     return found
 
 

@@ -109,13 +109,11 @@ def counted(ledger):
 
 
 def on_one_process(folder):
-    torch.set_num_threads(1)
     train(folder, "one")
 
 
 def on_two_processes(folder):
     faulthandler.dump_traceback_later(100, exit=True)
-    torch.set_num_threads(1)
     train(folder, "two")
     train(folder, "again", reverse=True)
     with pytest.raises(RuntimeError, match="Ranks 1 and rank 0 disagree about the rules of composition"):

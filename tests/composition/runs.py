@@ -31,6 +31,7 @@ from lit_accel.methods.layer_dropping.sensitivity import ablation_flops
 from tests.methods.mixed_sparsity import AnyFamily
 from tests.models import make_model
 from tests.training import make_trainer
+from tests.vision import VISION_ZOO
 
 STEPS = 18
 BATCH = 4
@@ -78,15 +79,9 @@ class Host(AnyFamily):
     """Six blocks of any family; of a SwinV2 two and eight. Notes in which states of the model it was measured."""
 
     def __init__(self, name="gpt2-tied", blocks=6, **kwargs):
-        super().__init__(name, **{"lr": 1e-2, **kwargs})
-        vocab = {} if self.is_vision else {"vocab": 64}
-        num = 4 if "swin" in name else blocks
-        self.net = make_model(
-            name, dtype=torch.float32, seed=kwargs.get("seed", 0), **SIZE, blocks=num, **vocab
-        ).train()
-        for module in self.net.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        size = {**SIZE, "blocks": 4 if "swin" in name else blocks, **({} if name in VISION_ZOO else {"vocab": 64})}
+        net = make_model(name, dtype=torch.float32, seed=kwargs.get("seed", 0), **size)
+        super().__init__(name, **{"lr": 1e-2, "net": net, **kwargs})
         self.probes = []
 
     def training_step(self, batch, batch_idx):

@@ -39,12 +39,8 @@ def whole(tmp_path_factory):
 
     @cache
     def of(titles, family):
-        num_threads = torch.get_num_threads()
-        # As in the tests: sums depend on it.
-        torch.set_num_threads(1)
         saves = Saves(tmp_path_factory.mktemp("whole"), resumed_after(titles, family))
         made = run(saves.folder, callbacks(titles, family), family, strategy="resizable", callbacks=[saves])
-        torch.set_num_threads(num_threads)
         return made, saves
 
     return of

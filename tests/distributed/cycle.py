@@ -37,7 +37,6 @@ class DifferentStart(CausalLM):
 
 
 def main(folder: Path, devices: int, kill_at: int | None) -> None:
-    torch.set_num_threads(1)
     L.seed_everything(3, verbose=False)
     data = TextDataModule(
         max_bytes=60_000,

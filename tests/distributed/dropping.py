@@ -163,7 +163,6 @@ def train(
 
 
 def on_one_process(folder: Path) -> None:
-    torch.set_num_threads(1)
     for name, make in METHODS.items():
         train(folder, f"{name}-single", "single", make())
     train(folder, "cycle-single", "single", METHODS["pld"](), before=[cycle()])
@@ -171,7 +170,6 @@ def on_one_process(folder: Path) -> None:
 
 
 def on_two_processes(folder: Path) -> None:
-    torch.set_num_threads(1)
     refused_or_not(folder)
     for name, make in METHODS.items():
         train(folder, f"{name}-ddp", "ddp", make())
@@ -284,7 +282,6 @@ def num_affordable(estimator: str, num_tokens: int) -> float:
 
 def ragged(folder: Path, estimator: str, max_overhead: float) -> None:
     faulthandler.dump_traceback_later(60, exit=True)
-    torch.set_num_threads(1)
     method = METHODS[estimator](max_overhead=max_overhead)
     watch = Watch(method, folder / "ragged.jsonl")
     trainer_for(folder, STRATEGIES["resizable_ddp"](), [method, watch]).fit(Ragged(), data())
@@ -304,7 +301,6 @@ WHAT = {"masks": "the dropped layers", "seeds": "the rules of layer dropping"}
 def disagreeing(folder: Path, strategy: str, about: str, options: dict[str, Any]) -> None:
     """An error on both ranks, and no waiting for each other."""
     faulthandler.dump_traceback_later(60, exit=True)
-    torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     kind = UpsideDown if rank and about == "masks" else ProgressiveLayerDropping
     method = kind(seed=rank if about == "seeds" else 0, **options)
@@ -318,5 +314,4 @@ def disagreeing(folder: Path, strategy: str, about: str, options: dict[str, Any]
 
 
 def killed(folder: Path, name: str, strategy: str, kill_at: int | None, resume: bool) -> None:
-    torch.set_num_threads(1)
     train(folder, name, strategy, METHODS[name](), kill_at=kill_at, resume=resume)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
@@ -65,7 +64,6 @@ def strategy_for(name: str, sharded: bool = False) -> Any:
 
 
 def fit(folder: Path, name: str, *others: L.Callback, changed: bool = False, sharded: bool = False) -> Host:
-    torch.set_num_threads(1)
     kind, settings, change = METHODS[name]
     callbacks = [kind(**{**settings, **(change if changed else {})}), *others]
     if name == "rules":

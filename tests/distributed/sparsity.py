@@ -256,7 +256,6 @@ OPTIONS = ("resizable", "views", "unused", "static")
 
 
 def on_one_process(folder: Path) -> None:
-    torch.set_num_threads(1)
     for kind in KINDS:
         train(folder, f"single-{kind}", "single", kind)
     train(folder, "single-accumulated", "single", "neurons", **ACCUMULATED)
@@ -264,7 +263,6 @@ def on_one_process(folder: Path) -> None:
 
 def on_two_processes(folder: Path) -> None:
     faulthandler.dump_traceback_later(100, exit=True)
-    torch.set_num_threads(1)
     for kind in KINDS:
         train(folder, f"ddp-{kind}", "ddp", kind)
         train(folder, f"again-{kind}", "ddp", kind)
@@ -277,7 +275,6 @@ def on_two_processes(folder: Path) -> None:
 
 def on_two_processes_that_disagree(folder: Path) -> None:
     faulthandler.dump_traceback_later(100, exit=True)
-    torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     for name, values in SETTINGS.items():
         # What says how to attend by a pattern matters where there is one.
@@ -291,7 +288,6 @@ def on_two_processes_that_disagree(folder: Path) -> None:
 def on_two_processes_with_checkpoints_of_their_own(folder: Path, step: int) -> None:
     """As where each machine has a disk of its own, and files of different runs on it."""
     faulthandler.dump_traceback_later(100, exit=True)
-    torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     trainer = trainer_for(folder, "ddp", [MixedSparsityTraining(**RULES)], max_steps=step)
     trainer.fit(Sparse(), data())
@@ -317,7 +313,6 @@ def flip(state: Any) -> None:
 
 
 def killed(folder: Path, strategy: str, kill: tuple[int, str | None] | None, resume: bool) -> None:
-    torch.set_num_threads(1)
     killer: L.Callback | None = None
     if kill is not None:
         step, hook = kill

@@ -250,14 +250,12 @@ def kept(step: int, num_tokens: int = NUM_TOKENS) -> int:
 
 
 def on_one_process(folder: Path) -> None:
-    torch.set_num_threads(1)
     train(folder, "single", "single")
     by_hand(folder)
 
 
 def on_two_processes(folder: Path) -> None:
     faulthandler.dump_traceback_later(100, exit=True)
-    torch.set_num_threads(1)
     train(folder, "ddp", "ddp")
     train(folder, "ragged", "ddp", kind=Ragged)
     train(folder, "fsdp", "fsdp")
@@ -279,5 +277,4 @@ def disagreeing(folder: Path, strategy: str, method: RandomLTD) -> None:
 
 
 def killed(folder: Path, strategy: str, kill_at: int | None, resume: bool) -> None:
-    torch.set_num_threads(1)
     train(folder, "killed", strategy, kill_at=kill_at, resume=resume)

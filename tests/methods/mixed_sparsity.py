@@ -48,11 +48,13 @@ class AnyFamily(TinyModule):
         cache=True,
         **kwargs,
     ):
+        is_vision = name in VISION_ZOO
+        dtype = kwargs.setdefault("dtype", torch.float32)
+        if "net" not in kwargs:
+            size = {**SIZE, "blocks": 1 if "swin" in name else blocks, **({} if is_vision else {"vocab": 64})}
+            kwargs["net"] = make_model(name, dtype=dtype, seed=kwargs.get("seed", 0), **size)
         super().__init__(**{"lr": 3e-3, **kwargs})
-        self.is_vision = name in VISION_ZOO
-        size = {**SIZE, "blocks": 1 if "swin" in name else blocks, **({} if self.is_vision else {"vocab": 64})}
-        dtype, seed = kwargs.get("dtype", torch.float32), kwargs.get("seed", 0)
-        self.net = make_model(name, dtype=dtype, seed=seed, **size).train()
+        self.is_vision = is_vision
         if checkpointing is not None:
             self.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
         if not cache and hasattr(self.net, "config"):

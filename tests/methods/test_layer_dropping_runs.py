@@ -239,13 +239,9 @@ def cycle(folder, order, *, resume=None, compiled=None, callbacks=()):
 def cycles(tmp_path_factory):
     """Uninterrupted V-cycles, and their checkpoints."""
     made = {}
-    num_threads = torch.get_num_threads()
-    # As in the tests: sums depend on it.
-    torch.set_num_threads(1)
     for order in ("resize first", "resize last"):
         folder = tmp_path_factory.mktemp(order.replace(" ", "-"))
         made[order] = (folder, *cycle(folder, order, callbacks=[SaveAlways(folder)]))
-    torch.set_num_threads(num_threads)
     return made
 
 

@@ -153,13 +153,10 @@ class Follows(L.Callback):
 @pytest.fixture(scope="module")
 def cycles(tmp_path_factory):
     """Uninterrupted V-cycles with a pattern from step 3 to 12, and their checkpoints."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     made = {}
     for order in ("resize first", "resize last"):
         folder = tmp_path_factory.mktemp(order.replace(" ", "-"))
         made[order] = (folder, *cycle(folder, order, callbacks=[SaveAlways(folder)]))
-    torch.set_num_threads(num_threads)
     return made
 
 

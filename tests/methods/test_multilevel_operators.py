@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,10 @@ NOT_POST_NORM = [name for name in ALL_MODELS if "bert" not in name]
 
 def small_and_map(name, *, width=2, depth=1, dtype=torch.float64, **options):
     """A trained-looking small model, and the map from the large model it belongs to."""
-    large = make_model(name, dtype=dtype)
+    return small_of(make_model(name, dtype=dtype), width=width, depth=depth, **options)
+
+
+def small_of(large, *, width=2, depth=1, **options):
     lm = level_map(anatomy_of(large), width=width, depth=depth, **options)
     small = build_resized(large, lm.large, lm.small.size)
     generator = torch.Generator().manual_seed(7)
@@ -69,11 +74,17 @@ def test_coalescing_undoes_decoalescing(
         assert (back[key] - value).abs().max() <= 1e-12
 
 
+@pytest.fixture(scope="module")
+def wide():
+    """Models that no test changes."""
+    return cache(make_model)
+
+
 @pytest.mark.parametrize("name", ALL_MODELS)
 @pytest.mark.parametrize("factor", [2, 3])
 @pytest.mark.parametrize("grouping", ["block", "adjacent"])
-def test_growing_the_width_preserves_the_function(name, factor, grouping):
-    small, lm = small_and_map(name, width=factor, width_grouping=grouping)
+def test_growing_the_width_preserves_the_function(name, factor, grouping, wide):
+    small, lm = small_of(wide(name), width=factor, width_grouping=grouping)
     large = decoalesce(small, lm)
     for actual, expected in zip(outputs(large, tokens(large)), outputs(small, tokens(small)), strict=True):
         if actual.shape != expected.shape:  # hidden states: the small ones, each repeated
@@ -136,25 +147,25 @@ def test_an_unknown_grouping_is_refused():
 
 
 @pytest.mark.parametrize("name", ALL_MODELS)
-@pytest.mark.parametrize(("coarse", "fine"), [(0.25, 0.25), (0.5, 0.5), (1.0, 0.0), (1.0, 0.5), (0.3, 0.8)])
-def test_interpolation_replaces_the_coarse_part_and_shrinks_the_fine_one(name, coarse, fine):
+def test_interpolation_replaces_the_coarse_part_and_shrinks_the_fine_one(name):
     large = make_model(name)
-    lm = level_map(anatomy_of(large), width=2, depth=2)
-    small, _ = small_and_map(name, width=2, depth=2)
-    merged = parameters(interpolate(large, small, lm, Interpolation(coarse, fine)))
+    small, lm = small_of(large, width=2, depth=2)
     old = lm.apply(parameters(large), "coalesce")
-    mixed = {key: (1 - coarse) * old[key] + coarse * value for key, value in parameters(small).items()}
-    grown, smooth = lm.apply(mixed, "decoalesce"), lm.apply(old, "decoalesce")
-    for key, value in parameters(large).items():
-        torch.testing.assert_close(merged[key], grown[key] + (1 - fine) * (value - smooth[key]), rtol=0, atol=1e-12)
+    smooth = lm.apply(old, "decoalesce")
+    for coarse, fine in ((0.25, 0.25), (0.5, 0.5), (1.0, 0.0), (1.0, 0.5), (0.3, 0.8)):
+        merged = parameters(interpolate(large, small, lm, Interpolation(coarse, fine)))
+        mixed = {key: (1 - coarse) * old[key] + coarse * value for key, value in parameters(small).items()}
+        grown = lm.apply(mixed, "decoalesce")
+        for key, value in parameters(large).items():
+            expected = grown[key] + (1 - fine) * (value - smooth[key])
+            torch.testing.assert_close(merged[key], expected, rtol=0, atol=1e-12, msg=f"{key}, {coarse}, {fine}")
 
 
 @pytest.mark.parametrize("name", ALL_MODELS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_ends_of_interpolation_are_bitwise(name, dtype):
     large = make_model(name, dtype=dtype)
-    lm = level_map(anatomy_of(large), width=2, depth=2)
-    small, _ = small_and_map(name, width=2, depth=2, dtype=dtype)
+    small, lm = small_of(large, width=2, depth=2)
     for result, expected in (
         (interpolate(large, small, lm, Interpolation.of_alpha(0)), large),
         (interpolate(large, small, lm, Interpolation.of_alpha(1)), decoalesce(small, lm)),
@@ -175,7 +186,7 @@ def test_operators_are_adjoint_pairs(name):
     large = make_model(name)
     for mode in ("avg", "ode", "zero") if "bert" not in name else ("avg", "ode"):
         lm = level_map(anatomy_of(large), width=2, depth=3, depth_mode=mode)
-        small, _ = small_and_map(name, width=2, depth=3)
+        small, _ = small_of(large, width=2, depth=3)
         x, y = parameters(large), parameters(small)
 
         def dot(a, b):
