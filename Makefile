@@ -14,8 +14,7 @@ install: $(STAMP)  ## a virtual environment with lit-accel and everything it nee
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"lit-accel needs Python 3.11 to 3.13; this is {v[0]}.{v[1]}. Run: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	@# Compiling all of torch takes longer than installing it: what is imported is compiled when it is.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)  ## train a small GPT densely and by V-cycle on real text; writes runs/demo
