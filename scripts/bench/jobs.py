@@ -157,7 +157,7 @@ class Study:
     def learning_rate(self, arm: Arm, budget: float) -> float | None:
         """Return the learning rate of an arm at a budget; ``None`` while it is not known.
 
-        The dense one is tuned at two budgets. Another arm's is the dense one times what its own optimum was in parts
+        The dense one is tuned at several budgets. Another arm's is the dense one times what its own optimum was in parts
         of the dense one where both were tuned.
         """
         rates = {tuned: self.tuned(DENSE, tuned) for tuned in self.rung.tuned_budgets}

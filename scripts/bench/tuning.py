@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from scripts.bench.study import EXTENSIONS, GRID
 
@@ -67,17 +68,19 @@ def best_rate(losses: Mapping[float, float]) -> float:
 
 
 def between(rates: Mapping[float, float], budget: float) -> float:
-    """Return the learning rate at a budget, by a power law through the two budgets at which it was tuned.
+    """Return the learning rate at a budget, by a power law through the two next budgets at which it was tuned.
 
     Args:
         rates: Learning rates by budget; if it was tuned at one alone, that is the one of all.
-        budget: The budget; beyond the two the law goes on.
+        budget: The budget; beyond the tuned ones the law of the last two goes on.
     """
     if budget in rates:
         return rates[budget]
     if len(rates) == 1:
         return next(iter(rates.values()))
-    (low, low_rate), (high, high_rate) = sorted(rates.items())
+    tuned = sorted(rates)
+    low, high = next((pair for pair in pairwise(tuned) if budget <= pair[1]), (tuned[-2], tuned[-1]))
+    low_rate, high_rate = rates[low], rates[high]
     power = math.log(high_rate / low_rate) / math.log(high / low)
     return _three_digits(low_rate * (budget / low) ** power)
 

@@ -50,6 +50,16 @@ def test_rates_follow_a_power_law_through_both_tuned_budgets(rate, power, budget
     assert between(rates, budget) == pytest.approx(rate * budget**power, rel=0.006)
 
 
+@given(st.floats(1e-4, 1e-1), st.floats(-1, 1), st.floats(-1, 1), st.floats(0.1, 10))
+def test_between_more_budgets_each_pair_has_a_law_of_its_own(rate, power, other, budget):
+    def law(at):
+        return rate * at ** (power if at < 1 else other)
+
+    rates = {at: law(at) for at in (0.25, 1.0, 0.5, 4.0, 2.0)}
+    assert between(rates, budget) == pytest.approx(law(budget), rel=0.006)
+    assert all(between(rates, at) == rates[at] for at in rates)
+
+
 @given(st.floats(math.log2(GRID[0]) + 0.51, math.log2(GRID[-1]) - 0.51), st.floats(0.01, 1.0))
 def test_a_refined_tuning_has_two_trials_more_and_finds_the_same_optimum(log_optimum, curvature):
     losses = losses_around(2**log_optimum, curvature)
