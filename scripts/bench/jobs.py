@@ -157,8 +157,8 @@ class Study:
     def learning_rate(self, arm: Arm, budget: float) -> float | None:
         """Return the learning rate of an arm at a budget; ``None`` while it is not known.
 
-        The dense one is tuned at several budgets. Another arm's is the dense one times what its own optimum was in parts
-        of the dense one where both were tuned.
+        The dense one is tuned at several budgets. Another arm's is the dense one times what its own optimum was in
+        parts of the dense one where both were tuned.
         """
         rates = {tuned: self.tuned(DENSE, tuned) for tuned in self.rung.tuned_budgets}
         dense = {tuned: rate for tuned, rate in rates.items() if rate is not None}
