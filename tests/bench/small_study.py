@@ -1,6 +1,5 @@
-"""A study of seconds: ``python -m tests.bench.small_study FOLDER SECONDS`` makes its runs as the real one does."""
+"""A study of seconds, whose runs are made as those of the real one are."""
 
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ def install(folder: Path) -> None:
     runner.current_commit = lambda: "of a test"
 
 
-if __name__ == "__main__":
-    install(Path(sys.argv[1]))
-    runner.work("0", time.time() + float(sys.argv[2]))
+def work(folder: Path, seconds: float) -> None:
+    """Make runs for a while; what a process of the runner does."""
+    install(folder)
+    runner.work("0", time.time() + seconds)

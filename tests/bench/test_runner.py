@@ -1,10 +1,8 @@
 """The runner may be killed at any time, and two of them never make the same run."""
 
 import json
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -15,15 +13,15 @@ from scripts.bench.jobs import jobs, row_key
 from scripts.bench.log import append, read_log
 from scripts.bench.study import DENSE, GPT, NULL_SEEDS, SEEDS, TUNING_SEED
 from scripts.bench.train import Job, run_job
+from scripts.soaking.processes import start_ranks
 from tests.bench import small_study
 
-ROOT = Path(__file__).parents[2]
 FIELDS = {"commit", "config", "data", "seed", "flops", "cpu_seconds", "wall_seconds", "val_loss", "reference_step"}
 
 
-def start(folder: Path, seconds: float) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.bench.small_study", str(folder), str(seconds)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def start(folder: Path) -> BaseProcess:
+    (process,) = start_ranks(small_study.work, (folder, 600), devices=1)
+    return process
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -31,27 +29,27 @@ def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for(folder: Path, num_rows: int, processes: list[subprocess.Popen]) -> None:
+def wait_for(folder: Path, num_rows: int, processes: list[BaseProcess]) -> None:
     for _ in range(1200):
         if len(rows_of(folder)) >= num_rows:
             return
-        assert any(process.poll() is None for process in processes), "the runners ended too early"
+        assert any(process.is_alive() for process in processes), "the runners ended too early"
         time.sleep(0.1)
     pytest.fail(f"{len(rows_of(folder))} of {num_rows} runs after two minutes")
 
 
 def test_a_killed_runner_is_taken_up_by_two_that_share_the_rest(tmp_path):
-    first = start(tmp_path, 600)
+    first = start(tmp_path)
     wait_for(tmp_path, 1, [first])
     time.sleep(0.3)  # into the second run
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.kill()
+    first.join()
     before = rows_of(tmp_path)
-    others = [start(tmp_path, 600), start(tmp_path, 600)]
+    others = [start(tmp_path), start(tmp_path)]
     wait_for(tmp_path, len(before) + 4, others)
     for process in others:
         process.kill()
-        process.wait()
+        process.join()
     after = rows_of(tmp_path)
     assert after[: len(before)] == before
     keys = [row_key(row) for row in after]
