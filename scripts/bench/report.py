@@ -18,7 +18,7 @@ _CARDS = {
     "multilevel": ("vcycle", "vcycle-paper", "small-expanded", "vcycle-ltd"),
     "layer_dropping": (
         *("pld-paper", "pld-unscaled", "dropping-decreasing", "dropping-unscaled"),
-        *("sbld", "sbld-later", "sbld-unscaled"),
+        *("sbld", "sbld-later", "sbld-unscaled", "sbld-both"),
     ),
     "token_dropping": ("ltd", "ltd-ltlr", "dense-ltlr", "ltd-route", "ltd-input", "ltd-patches", "vcycle-ltd"),
     "mixed_sparsity": ("mst-units", "mst-entries"),

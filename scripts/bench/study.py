@@ -209,6 +209,12 @@ _GPT_ARMS = (
         "SBLD, unscaled (exploratory)",
         callbacks=(("SensitivityLayerDropping", {"scale": "none"}),),
     ),
+    # Added on the same day, after each of the two changes had ended lower than the defaults by as much.
+    Arm(
+        "sbld-both",
+        "SBLD, unscaled, first measured after the warm-up (exploratory)",
+        callbacks=(("SensitivityLayerDropping", {"warmup": 0.1, "scale": "none"}),),
+    ),
 )
 
 # The other rungs: a vision model and an encoder, each method once, with fewer trials.
