@@ -146,8 +146,8 @@ def draw_kept(axes: Axes) -> None:
         "kept share of the\nblocks' FLOPs",
     )
     for text, end, place in (
-        ("warm-up; at its end\nthe first measurement", (100 * warmup / NUM_STEPS, 1.0), (21, 0.975)),
-        ("ramp", (8, 0.835), (21, 0.87)),
+        ("warm-up; at its end\nthe first measurement", (100 * warmup / NUM_STEPS, 1.0), (26, 0.975)),
+        ("ramp", (13, 0.835), (26, 0.87)),
         ("hold", None, (50, 0.795)),
         ("release", (94.5, 0.88), (74, 0.9)),
     ):

@@ -148,6 +148,11 @@ _UNSCALED = Arm(
     "layer dropping, decreasing, unscaled",
     callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3, "scale": "none"}),),
 )
+_SBLD_NOW = Arm(
+    "sbld-both",
+    "SBLD, unscaled, first measured after the warm-up",
+    callbacks=(("SensitivityLayerDropping", {"warmup": 0.1, "scale": "none"}),),
+)
 _VCYCLE = ("MultiLevelTraining", {})
 _LTD = {"start_tokens": 0.25, "growth": 0.7}
 _HALF = {"n_embd": 48, "n_head": 2, "n_layer": 4}
@@ -167,7 +172,8 @@ _GPT_ARMS = (
         "layer dropping, decreasing",
         callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3, "scale": "block"}),),
     ),
-    Arm("sbld", "SBLD", callbacks=(("SensitivityLayerDropping", {}),)),
+    # As its defaults were when it was run; those of now are the last arm below.
+    Arm("sbld", "SBLD", callbacks=(("SensitivityLayerDropping", {"warmup": 0.05, "scale": "block"}),)),
     Arm("ltd", "random-LTD", callbacks=(("RandomLTD", _LTD),)),
     Arm("mst-units", "MST, neurons and heads", callbacks=(("MixedSparsityTraining", {"update_every": 20}),)),
     Arm("vcycle-ltd", "V-cycle and random-LTD", callbacks=(_VCYCLE, ("RandomLTD", _LTD))),
@@ -201,26 +207,22 @@ _GPT_ARMS = (
     Arm(
         "sbld-later",
         "SBLD, first measured after the warm-up (exploratory)",
-        callbacks=(("SensitivityLayerDropping", {"warmup": 0.1}),),
+        callbacks=(("SensitivityLayerDropping", {"warmup": 0.1, "scale": "block"}),),
     ),
     # Added on the same day, after the trials of decreasing dropping had ended far lower without the scale.
     Arm(
         "sbld-unscaled",
         "SBLD, unscaled (exploratory)",
-        callbacks=(("SensitivityLayerDropping", {"scale": "none"}),),
+        callbacks=(("SensitivityLayerDropping", {"warmup": 0.05, "scale": "none"}),),
     ),
     # Added on the same day, after each of the two changes had ended lower than the defaults by as much.
-    Arm(
-        "sbld-both",
-        "SBLD, unscaled, first measured after the warm-up (exploratory)",
-        callbacks=(("SensitivityLayerDropping", {"warmup": 0.1, "scale": "none"}),),
-    ),
+    replace(_SBLD_NOW, title=f"{_SBLD_NOW.title} (exploratory)"),
 )
 
 # The other rungs: a vision model and an encoder, each method once, with fewer trials.
 _FEWER_TRIALS = (1e-3, 2e-3, 4e-3)
 _ON_ALL = {
-    *("vcycle", "pld-paper", "sbld", "ltd", "mst-units"),
+    *("vcycle", "pld-paper", "ltd", "mst-units"),
     *("vcycle-ltd", "mst-entries"),
 }
 VIT = Rung(
@@ -256,8 +258,9 @@ _SAME_ON_ALL = (
     *(arm for arm in _GPT_ARMS if arm.role in ("dense", "null")),
     replace(HALF_LR, seeds=DENSE_SEEDS),
     *(arm for arm in _GPT_ARMS if arm.name in _ON_ALL),
-    # What is the default since the first rung has been run.
+    # What are the defaults since the first rung has been run.
     _UNSCALED,
+    _SBLD_NOW,
 )
 _VIT_ARMS = (
     *_SAME_ON_ALL,

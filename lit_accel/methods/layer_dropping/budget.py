@@ -6,7 +6,7 @@ about it that we could read gives its formulas. What stands here is a reconstruc
 Under unbiased gating (a kept block's update is scaled by ``1 / p``), block ``u`` adds a variance in proportion to
 ``s_u * (1 / p_u - 1)``, with its sensitivity ``s_u`` as the proxy for its weight. The allocation minimises the sum of
 it at a fixed cost. Setting the derivative of ``sum(s_u / p_u) + lambda * sum(c_u * p_u)`` to zero, within the bounds,
-gives ``p_u = clip(sqrt(s_u / (lambda * c_u)), min_keep, 1)``.
+gives ``p_u = clip(sqrt(s_u / (lambda * c_u)), min_keep, 1)``. Without that scale the rule is used as it is.
 """
 
 import math

@@ -68,7 +68,7 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
         pinned: Indices of blocks that always run; negative ones count from the last.
         sampler: ``"systematic"`` or ``"bernoulli"``; see :func:`~lit_accel.methods.layer_dropping.sample_blocks`.
         scale: ``"block"``, ``"sublayer"`` or ``"none"``; see :class:`~lit_accel.methods.layer_dropping.BlockDropper`.
-            Default is ``"block"``, and ``"none"`` where norms stand after the addition, as in BERT.
+            Where norms stand after the addition, as in BERT, ``"none"`` alone.
         seed: Seed of the draws.
         check_ranks_every: With several processes, after how many optimizer steps they compare their masks.
         folder: Where the picture goes. Default: the logger's folder, or ``Trainer.default_root_dir``.
@@ -86,7 +86,7 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
         kept: float = 0.78,
         estimator: Estimator = "ablate",
         allocation: Allocation = "sensitivity",
-        warmup: int | float = 0.05,
+        warmup: int | float = 0.1,
         ramp: int | float = 0.1,
         release: int | float = 0.1,
         min_keep: float = 0.4,
@@ -97,7 +97,7 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
         ema: float = 0.7,
         pinned: Sequence[int] = (),
         sampler: Sampler = "systematic",
-        scale: Scale | None = None,
+        scale: Scale = "none",
         seed: int = 0,
         check_ranks_every: int = 100,
         folder: str | None = None,
