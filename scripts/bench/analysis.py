@@ -200,9 +200,9 @@ class Evidence:
 
     @cached_property
     def _cells(self) -> dict[Cost, list[Cell]]:
-        """The same as points, the dense ones of the frontier left out, which it has itself."""
+        """Those that end on the curve, as points; the dense ones of the frontier left out, which it has itself."""
         fitted = [ends for budget, ends in self.dense.items() if budget in self.rung.fitted_budgets]
-        groups = [group for group in self._groups if group not in fitted]
+        groups = [group for group in self._groups if self._is_on_curve(group) and group not in fitted]
         return {cost: [Cell.of(group, cost) for group in groups] for cost in get_args(Cost)}
 
     def smaller_models(self) -> list[tuple[Arm, float, tuple[End, ...]]]:
@@ -228,9 +228,17 @@ class Evidence:
 
     @cached_property
     def deviation(self) -> tuple[float, int]:
-        """Standard deviation of losses between seeds, pooled over all cells, and its degrees of freedom."""
-        cells = [Cell.of(ends, "flops") for ends in self._groups]
-        return scatter(cells) or float("nan"), sum(len(cell.losses) - 1 for cell in cells)
+        """Standard deviation of losses between seeds, over all cells that end on the curve; its degrees of freedom."""
+        return _pooled([ends for ends in self._groups if self._is_on_curve(ends)])
+
+    def _is_on_curve(self, ends: Sequence[End]) -> bool:
+        """Whether runs end no higher than the dense ones that are fitted.
+
+        Shorter ones may still be on the plateau before the curve begins, where seeds differ in when they leave it.
+        """
+        fitted = [ends for budget, ends in self.dense.items() if budget in self.rung.fitted_budgets]
+        highest = max((fmean(end.loss for end in ends) for ends in fitted), default=float("inf"))
+        return fmean(end.loss for end in ends) <= highest
 
     def slope(self, budget: float) -> float:
         """Return by how many nats the frontier falls per unit of ln C at a budget's dense cost."""
@@ -296,7 +304,8 @@ class Evidence:
         # From budget to budget, not along the fitted curve, which may miss one of them.
         here, there = np.interp(costs, log_costs, losses)
         mean = fmean(end.loss for end in ends) - fmean(end.loss for end in others) - float(here - there)
-        deviation, num_free = self.deviation
+        on_curve = self._is_on_curve(ends) and self._is_on_curve(others)
+        deviation, num_free = self.deviation if on_curve else _pooled(self._groups)
         error = deviation * np.sqrt(1 / len(ends) + 1 / len(others))
         reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_free) * error)
         return Gap(control.title, mean, mean - reach, mean + reach)
@@ -378,6 +387,12 @@ def seconds_share(ends: Sequence[End], dense: Sequence[End]) -> tuple[float, flo
     one, other = (np.log([end.seconds for end in group]) for group in (ends, dense))
     error = np.sqrt(one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other))
     return float(np.exp(one.mean() - other.mean())), float(error)
+
+
+def _pooled(groups: Sequence[Sequence[End]]) -> tuple[float, int]:
+    """Return the standard deviation of losses between seeds, and its degrees of freedom."""
+    cells = [Cell.of(ends, "flops") for ends in groups]
+    return scatter(cells) or float("nan"), sum(len(cell.losses) - 1 for cell in cells)
 
 
 def _when(row: Row) -> float:

@@ -244,7 +244,7 @@ VIT = Rung(
     ),
     unit_steps=900,
     dense_budgets=(0.25, 0.5, 1.0, 2.0),
-    fitted_budgets=(0.25, 0.5, 1.0, 2.0),
+    fitted_budgets=(0.5, 1.0, 2.0),
     budgets=(1.0,),
     tuned_budgets=(1.0, 0.5, 0.25, 2.0),
     samples_per_step=32,

@@ -85,7 +85,7 @@ def _noise(evidence: Evidence) -> str:
         )
     return (
         f"The curve is L = {curve.floor[0]:.3f} + {curve.excess[0]:.3f} (C / C0)^-{curve.exponent[0]:.3f}{missed}. "
-        f"**Noise floor**: seeds scatter by {deviation:.4f} nats (all cells together, {num_free} degrees of freedom): "
+        f"**Noise floor**: seeds scatter by {deviation:.4f} nats (cells on the curve, {num_free} degrees of freedom): "
         + "; ".join(floors)
         + "."
         + "".join(f"\n\n{warning}" for warning in evidence.in_flops.warnings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from lit_accel.anatomy import AnatomyError, anatomy_of, build_resized
 from lit_accel.methods.multilevel import Interpolation, coalesce, decoalesce, interpolate, level_map
 from tests.models import ALL_MODELS, make_model, outputs, relative_error, tokens
 
+# Enough to be divided by two and by four; the property test below has more.
+FEW = 4
 NOT_POST_NORM = [name for name in ALL_MODELS if "bert" not in name]
 
 
@@ -77,7 +79,7 @@ def test_coalescing_undoes_decoalescing(
 @pytest.fixture(scope="module")
 def wide():
     """Models that no test changes."""
-    return cache(make_model)
+    return cache(partial(make_model, blocks=FEW))
 
 
 @pytest.mark.parametrize("name", ALL_MODELS)
@@ -148,7 +150,7 @@ def test_an_unknown_grouping_is_refused():
 
 @pytest.mark.parametrize("name", ALL_MODELS)
 def test_interpolation_replaces_the_coarse_part_and_shrinks_the_fine_one(name):
-    large = make_model(name)
+    large = make_model(name, blocks=FEW)
     small, lm = small_of(large, width=2, depth=2)
     old = lm.apply(parameters(large), "coalesce")
     smooth = lm.apply(old, "decoalesce")
@@ -164,7 +166,7 @@ def test_interpolation_replaces_the_coarse_part_and_shrinks_the_fine_one(name):
 @pytest.mark.parametrize("name", ALL_MODELS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_ends_of_interpolation_are_bitwise(name, dtype):
-    large = make_model(name, dtype=dtype)
+    large = make_model(name, dtype=dtype, blocks=FEW)
     small, lm = small_of(large, width=2, depth=2)
     for result, expected in (
         (interpolate(large, small, lm, Interpolation.of_alpha(0)), large),
