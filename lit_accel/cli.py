@@ -118,6 +118,8 @@ class LitAccelCLI(LightningCLI):
         self._is_on_meta = False
         self.forecast: Forecast | None = None
         """What ``plan`` has found out."""
+        given = sys.argv[1:] if args is None else args
+        self._called = given[0] if isinstance(given, list) and given else None
         whole_numbers_first(L.Trainer.__init__)
         super().__init__(
             LightningModule,
@@ -142,6 +144,12 @@ class LitAccelCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Return the subcommands, each with the arguments that are not the user's."""
         return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Leave the subcommands empty that were not called: their arguments are slow to collect."""
+        if self._called in self.subcommands() and self._called != subcommand:
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the vocabulary of the data, or its classes and the shape of its images, to the model."""

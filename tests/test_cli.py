@@ -353,3 +353,25 @@ def test_a_recipe_repeats_its_fragments(recipe):
     assert dense["model"] == vcycle["model"] == model["model"]
     assert dense["data"] == vcycle["data"] == data["data"]
     assert dense["trainer"]["max_steps"] == vcycle["trainer"]["max_steps"]
+
+
+@pytest.mark.parametrize("called", ["fit", "validate", "test", "predict", "plan"])
+def test_a_subcommand_has_all_its_arguments_and_collects_no_others(called, capsys, monkeypatch):
+    collected = []
+    add = LitAccelCLI.add_core_arguments_to_parser
+    monkeypatch.setattr(
+        LitAccelCLI, "add_core_arguments_to_parser", lambda self, parser: (collected.append(parser), add(self, parser))
+    )
+    with pytest.raises(SystemExit) as ended:
+        main([called, "--help"])
+    assert ended.value.code == 0
+    assert len(collected) == 1
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in ("trainer.max_steps", "model", "data", "seed_everything", "config"))
+
+
+def test_without_a_subcommand_all_of_them_are_listed(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"    {name} " in text for name in ("fit", "validate", "test", "predict", "plan"))
