@@ -175,8 +175,12 @@ class Evidence:
         return {budget: ends for budget, ends in found.items() if len(ends) >= len(SEEDS)}
 
     @cached_property
+    def _fitted_groups(self) -> list[tuple[End, ...]]:
+        return [ends for budget, ends in self.dense.items() if budget in self.rung.fitted_budgets]
+
+    @property
     def _fitted(self) -> list[End]:
-        return [end for budget, ends in self.dense.items() if budget in self.rung.fitted_budgets for end in ends]
+        return [end for ends in self._fitted_groups for end in ends]
 
     @cached_property
     def in_flops(self) -> Frontier:
@@ -201,8 +205,7 @@ class Evidence:
     @cached_property
     def _cells(self) -> dict[Cost, list[Cell]]:
         """Those that end on the curve, as points; the dense ones of the frontier left out, which it has itself."""
-        fitted = [ends for budget, ends in self.dense.items() if budget in self.rung.fitted_budgets]
-        groups = [group for group in self._groups if self._is_on_curve(group) and group not in fitted]
+        groups = [group for group in self._groups if self._is_on_curve(group) and group not in self._fitted_groups]
         return {cost: [Cell.of(group, cost) for group in groups] for cost in get_args(Cost)}
 
     def smaller_models(self) -> list[tuple[Arm, float, tuple[End, ...]]]:
@@ -236,8 +239,7 @@ class Evidence:
 
         Shorter ones may still be on the plateau before the curve begins, where seeds differ in when they leave it.
         """
-        fitted = [ends for budget, ends in self.dense.items() if budget in self.rung.fitted_budgets]
-        highest = max((fmean(end.loss for end in ends) for ends in fitted), default=float("inf"))
+        highest = max((fmean(end.loss for end in group) for group in self._fitted_groups), default=float("inf"))
         return fmean(end.loss for end in ends) <= highest
 
     def slope(self, budget: float) -> float:
