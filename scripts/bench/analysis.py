@@ -15,7 +15,7 @@ from scipy import stats
 from lit_accel.report.frontier import Frontier, fit_frontier
 from lit_accel.report.noise import Cell, Cost, scatter
 from lit_accel.report.saving import Saving, saving_against
-from scripts.bench.jobs import Study, b1_share, b2_depth, shorter, smaller
+from scripts.bench.jobs import Study, b1_share, shorter
 from scripts.bench.log import Row
 from scripts.bench.study import ARMS, DENSE, RUNGS, SEEDS, SMALLER_RATES, Arm, Rung
 
@@ -55,13 +55,11 @@ class Gap:
     """What a method ends above a control that costs as much, in nats; negative where the method is better.
 
     Args:
-        control: What it is held against.
         mean: The difference of means.
         low: Where its 95 % interval begins.
         high: Where it ends.
     """
 
-    control: str
     mean: float
     low: float
     high: float
@@ -83,7 +81,7 @@ class Reading:
             none.
         paired: Mean and standard deviation of the difference in loss to dense runs of as many steps and the same seed.
         b1: Against dense training of the same cost.
-        b2: Against a smaller dense model.
+        b2: Against a smaller dense model of the same cost, between two that were trained.
     """
 
     arm: Arm
@@ -223,8 +221,8 @@ class Evidence:
         for arm in self.study.others:
             yield arm, 1.0
             if arm.role == "method" and (share := self.study.share(arm, budget)) is not None:
-                depth = b2_depth(self.rung, share)
-                for control, part in ((shorter(share), b1_share(share)), (smaller(self.rung, depth), 1.0)):
+                smaller = [(control, 1.0) for control in self.study.smaller_models(share)]
+                for control, part in ((shorter(share), b1_share(share)), *smaller):
                     if control.name not in seen:
                         seen.add(control.name)
                         yield control, part
@@ -273,9 +271,7 @@ class Evidence:
         share = fmean(end.flops / end.dense_flops for end in ends)
         b1 = b2 = None
         if arm.role == "method":
-            small = smaller(self.rung, b2_depth(self.rung, share))
-            b1 = self._gap(ends, shorter(share), budget, b1_share(share))
-            b2 = self._gap(ends, small, budget)
+            b1, b2 = self._above_shorter(ends, budget, share), self._above_smaller(ends, budget, share)
         return Reading(
             arm=arm,
             budget=budget,
@@ -293,24 +289,50 @@ class Evidence:
     def _saving(self, frontier: Frontier, ends: Sequence[End]) -> Saving:
         return saving_against(frontier, Cell.of(ends, frontier.cost), self._cells[frontier.cost], self.num_draws)
 
-    def _gap(self, ends: Sequence[End], control: Arm, budget: float, share: float = 1.0) -> Gap | None:
-        """Compare with a control, whose loss is carried to the method's cost as dense losses change with theirs."""
-        others = self.ends(control, budget, share)
-        if len(others) < len(self.study.seeds(control, budget)):
+    def _above_shorter(self, ends: Sequence[End], budget: float, share: float) -> Gap | None:
+        """Compare with B1, whose loss is carried to the method's cost as dense losses change with theirs."""
+        control, part = shorter(share), b1_share(share)
+        if not self.is_complete(control, budget, part):
             return None
-        costs = [Cell.of(group, "flops").mean[0] for group in (ends, others)]
+        others = self.ends(control, budget, part)
+        costs = [_mean_flops(group) for group in (ends, others)]
         known = sorted(tuple(Cell.of(group, "flops").mean) for group in self.dense.values())
         log_costs, losses = np.array(known).T
-        if min(costs) < log_costs[0] or max(costs) > log_costs[-1]:
+        if min(costs) < np.exp(log_costs[0]) or max(costs) > np.exp(log_costs[-1]):
             return None
         # From budget to budget, not along the fitted curve, which may miss one of them.
-        here, there = np.interp(costs, log_costs, losses)
-        mean = fmean(end.loss for end in ends) - fmean(end.loss for end in others) - float(here - there)
-        on_curve = self._is_on_curve(ends) and self._is_on_curve(others)
-        deviation, num_free = self.deviation if on_curve else _pooled(self._groups)
-        error = deviation * np.sqrt(1 / len(ends) + 1 / len(others))
+        here, there = np.interp(np.log(costs), log_costs, losses)
+        return self._gap(ends, [(1.0, others)], float(here - there))
+
+    def _above_smaller(self, ends: Sequence[End], budget: float, share: float) -> Gap | None:
+        """Compare with B2, a point between the two smaller models whose costs are next to the method's."""
+        controls = self.study.smaller_models(share)
+        if not controls or not all(self.is_complete(control, budget) for control in controls):
+            return None
+        groups = [self.ends(control, budget) for control in controls]
+        if len(groups) == 1:
+            return self._gap(ends, [(1.0, groups[0])])
+        below, above = (_mean_flops(group) for group in groups)
+        weight = (_mean_flops(ends) - below) / (above - below)
+        return self._gap(ends, [(1 - weight, groups[0]), (weight, groups[1])])
+
+    def _gap(self, ends: Sequence[End], control: Sequence[tuple[float, Sequence[End]]], carried: float = 0.0) -> Gap:
+        """Compare means with that of a control, which may lie between two groups of runs.
+
+        Args:
+            ends: The method's runs.
+            control: Groups of runs with their weights, which add up to 1.
+            carried: By how much the control's loss is changed beforehand.
+        """
+        loss = sum(weight * fmean(end.loss for end in group) for weight, group in control) + carried
+        mean = fmean(end.loss for end in ends) - loss
+        groups = [ends, *(group for _, group in control)]
+        deviation, num_free = (
+            self.deviation if all(self._is_on_curve(group) for group in groups) else _pooled(self._groups)
+        )
+        error = deviation * np.sqrt(1 / len(ends) + sum(weight**2 / len(group) for weight, group in control))
         reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_free) * error)
-        return Gap(control.title, mean, mean - reach, mean + reach)
+        return Gap(mean, mean - reach, mean + reach)
 
     def fake_savings(self) -> list[tuple[float, float, float]]:
         """Return what is "saved" by no method at all when a longer dense run is read in mid-way.
@@ -389,6 +411,10 @@ def seconds_share(ends: Sequence[End], dense: Sequence[End]) -> tuple[float, flo
     one, other = (np.log([end.seconds for end in group]) for group in (ends, dense))
     error = np.sqrt(one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other))
     return float(np.exp(one.mean() - other.mean())), float(error)
+
+
+def _mean_flops(ends: Sequence[End]) -> float:
+    return fmean(end.flops for end in ends)
 
 
 def _pooled(groups: Sequence[Sequence[End]]) -> tuple[float, int]:

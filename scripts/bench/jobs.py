@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from statistics import mean
 
 from scripts.bench.log import Row
@@ -135,17 +136,42 @@ class Study:
         share = self.share(arm, budget)
         if share is not None:
             yield from self.reported(shorter(share), budget, b1_share(share))
-            yield from self.reported(smaller(self.rung, b2_depth(self.rung, share)), budget)
+            for control in self.smaller_models(share):
+                yield from self.reported(control, budget)
+
+    def smaller_models(self, share: float) -> list[Arm]:
+        """Return the control B2: the two neighbours in depth that cost no more and no less than a method.
+
+        One of them may be the full model. A list of one where a depth costs just as much, and none where there is none.
+
+        Args:
+            share: What the method costs in parts of a dense run of as many steps.
+        """
+        if self._block_share is None:
+            return []
+        full = self._num_blocks
+        # FLOPs are linear in depth.
+        depth = round(full - (1 - share) / self._block_share, 3)
+        neighbours = sorted({math.floor(depth), math.ceil(depth)})
+        if neighbours[0] < 1 or neighbours[-1] > full:
+            return []
+        return [DENSE if each == full else smaller(self.rung, each) for each in neighbours]
 
     def trials(self, arm: Arm, budget: float) -> dict[float, float]:
         """Return the losses of an arm's tuning so far, by learning rate."""
-        found = {}
-        for row in self.rows:
-            if (row["stage"], row["arm"], row["budget"]) == ("tune", arm.name, budget):
-                job = self._job(arm, "tune", budget, row["lr"], TUNING_SEED)
-                if job.config_hash == row["config"]:
-                    found[row["lr"]] = row["val_loss"] if math.isfinite(row["val_loss"]) else math.inf
-        return found
+        return {
+            row["lr"]: row["val_loss"] if math.isfinite(row["val_loss"]) else math.inf
+            for row in self.finished_trials(arm, budget)
+        }
+
+    def finished_trials(self, arm: Arm, budget: float) -> list[Row]:
+        """Return the trials of an arm at a budget that are in the log, as the registry has them now."""
+        return [
+            row
+            for row in self.rows
+            if (row["stage"], row["arm"], row["budget"]) == ("tune", arm.name, budget)
+            and self._job(arm, "tune", budget, row["lr"], TUNING_SEED).config_hash == row["config"]
+        ]
 
     def tuned(self, arm: Arm, budget: float) -> float | None:
         """Return the best learning rate at a budget, or ``None`` while it is not known."""
@@ -192,6 +218,19 @@ class Study:
         found = {row_key(row): row for row in self.rows if row["arm"] == arm.name}
         return [found[key] for key in sorted(wanted & set(found))]
 
+    @cached_property
+    def _block_share(self) -> float | None:
+        """What a block costs in parts of a dense run, as trials of dense models tell; ``None`` while there are none."""
+        trials = [self.finished_trials(arm, self.rung.tuned_budgets[0]) for arm in (self.smaller_tuned, DENSE)]
+        if not all(trials):
+            return None
+        small, full = (mean(row["flops"] for row in rows) for rows in trials)
+        return (1 - small / full) / (self._num_blocks - _SMALLER_TUNED)
+
+    @property
+    def _num_blocks(self) -> int:
+        return int(self.rung.model[self.rung.sizes][self.rung.depth])
+
     def _next_trial(self, arm: Arm, losses: dict[float, float]) -> float | None:
         return next_trial(losses, refined=arm == self.smaller_tuned, grid=self.rung.grid)
 
@@ -212,12 +251,6 @@ def b1_share(share: float) -> float:
     return math.ceil(share / _SHARE - 1e-6) * _SHARE
 
 
-def b2_depth(rung: Rung, share: float) -> int:
-    """Return how many blocks a dense model has that costs about what a method does, in as many steps."""
-    full = int(rung.model[rung.sizes][rung.depth])
-    return max(1, min(full - 1, round(full * share)))
-
-
 def shorter(share: float) -> Arm:
     """Return the control B1 of a method that costs a share of a dense run."""
     part = b1_share(share)
@@ -227,6 +260,6 @@ def shorter(share: float) -> Arm:
 
 
 def smaller(rung: Rung, depth: int) -> Arm:
-    """Return the control B2."""
+    """Return a dense model with fewer blocks, of which two are the control B2 of a method."""
     title = f"dense, {depth} blocks"
     return Arm(f"smaller-{depth}", title, "control", changes={rung.depth: depth}, lr_of=SMALLER_RATES)

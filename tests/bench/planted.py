@@ -12,7 +12,9 @@ from scripts.bench.train import Job
 FLOOR, EXCESS, POWER = 1.0, 1.0, 0.2
 DEVIATION = 0.003
 # What an arm costs in parts of a dense run of as many steps, and by what its compute counts for more.
-SHARES = {"vcycle": 0.57, "pld-paper": 0.75, "ltd": 0.78, "mst-units": 0.32, "smaller-5": 0.63, "smaller-6": 0.75}
+# Dense models cost the more, the more blocks they have, and something without any.
+SHARES = {f"smaller-{depth}": 1 - 0.12 * (8 - depth) for depth in range(1, 8)}
+SHARES |= {"vcycle": 0.57, "pld-paper": 0.75, "ltd": 0.78, "mst-units": 0.32}
 FULL_SECONDS = {"mst-entries": 1.1}
 
 

@@ -15,7 +15,7 @@ from scripts.bench.verdicts import verdict
 from tests.bench.planted import DEVIATION, EXCESS, FLOOR, POWER, SHARES, planted_log
 
 # What a unit of an arm's compute is worth in dense compute; 1 for all others.
-WORTH = {"vcycle": 1.4, "pld-paper": 0.8, "mst-units": 0.5, "ltd": 1.3, "smaller-6": 1.6}
+WORTH = {"vcycle": 1.4, "pld-paper": 0.8, "mst-units": 0.5, "ltd": 1.3, "smaller-6": 1.6, "smaller-7": 1.6}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_cheap_run_that_ends_above_the_frontier_is_no_answer_by_itself():
     evidence = Evidence(GPT, rows, 100)
     (reading, _) = evidence.of("mst-units")
     assert reading.loss[0] > evidence.in_flops.losses[1]
-    assert (reading.b1, reading.b2) == (None, None)
+    assert reading.b1 is None
     (arm,) = [arm for arm in evidence.study.others if arm.name == "mst-units"]
     assert verdict(evidence, arm)[0] == "not finished"
 
@@ -112,15 +112,40 @@ def test_reading_a_dense_run_in_midway_saves_without_any_method(evidence):
     assert found[2.0, 4.0] > 0.1
 
 
-@pytest.mark.parametrize("missing", ["vcycle", "dense-0.575", "smaller-5"])
+@pytest.mark.parametrize("missing", ["vcycle", "dense-0.575", "smaller-4", "smaller-5"])
 def test_a_verdict_waits_for_every_run_of_the_method_and_of_its_controls(rows, missing):
     evidence = Evidence(
-        GPT, [row for row in rows if (row["arm"], row["budget"], row["seed"]) != ("vcycle", 2.0, 1)], 100
+        GPT, [row for row in rows if (row["arm"], row["budget"], row["seed"]) != (missing, 2.0, 1)], 100
     )
     (arm,) = [arm for arm in evidence.study.others if arm.name == "vcycle"]
     word, why = verdict(evidence, arm)
     assert word == "not finished"
     assert "runs at budget x2 are missing" in why
+
+
+@given(st.floats(SHARES["smaller-1"], 1))
+def test_the_smaller_models_of_a_method_are_its_neighbours_in_cost(evidence, share):
+    costs = [SHARES.get(arm.name, 1.0) for arm in evidence.study.smaller_models(share)]
+    assert costs == sorted(costs)
+    # To a thousandth of a block.
+    assert costs[0] - 2e-4 <= share <= costs[-1] + 2e-4
+    assert costs[-1] - costs[0] == pytest.approx(0.12 * (len(costs) - 1))
+
+
+@pytest.mark.parametrize("share", [SHARES["smaller-1"] - 0.01, 1.01])
+def test_a_method_that_costs_less_or_more_than_all_models_has_no_neighbours(evidence, share):
+    assert evidence.study.smaller_models(share) == []
+
+
+def test_what_costs_as_much_and_ends_as_low_as_smaller_models_is_not_told_from_them():
+    """On a line between two models, wherever it lies: neither the cheaper nor the dearer one decides."""
+    # At this worth, models of all depths end as low as the full one; so do the methods.
+    worth = {name: 1 / share for name, share in SHARES.items()}
+    evidence = Evidence(GPT, planted_log(worth), 100)
+    for name in ("vcycle", "ltd", "mst-units"):
+        for reading in evidence.of(name):
+            assert reading.b2.low < 0 < reading.b2.high
+            assert abs(reading.b2.mean) < 3 * DEVIATION
 
 
 def test_runs_of_another_configuration_are_not_read(rows):
