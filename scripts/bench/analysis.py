@@ -102,6 +102,11 @@ class Reading:
         return mean_and_deviation([end.loss for end in self.ends])
 
     @property
+    def loses_to_a_control(self) -> bool:
+        """Whether it ends higher than dense training of its cost, or than a smaller model, with 95 % confidence."""
+        return any(gap is not None and gap.low > 0 for gap in (self.b1, self.b2))
+
+    @property
     def realised_share(self) -> tuple[float, float] | None:
         """Which share of the counted saving of a step arrived as seconds, on the scale of logarithms, and its error.
 
@@ -206,15 +211,16 @@ class Evidence:
         groups = [group for group in self._groups if self._is_on_curve(group) and group not in self._fitted_groups]
         return {cost: [Cell.of(group, cost) for group in groups] for cost in get_args(Cost)}
 
-    def smaller_models(self) -> list[tuple[Arm, float, tuple[End, ...]]]:
-        """Return the complete runs of smaller dense models, by model and budget."""
-        arms = [
-            (arm, budget)
+    @cached_property
+    def smaller_models(self) -> tuple[Reading, ...]:
+        """The smaller dense models that are complete at a budget, cheapest first, read as if each were a method."""
+        found = {
+            (arm.name, budget): self._read(arm, budget)
             for budget in self.rung.budgets
             for arm, _ in self._all_arms(budget)
             if arm.lr_of == SMALLER_RATES and self.is_complete(arm, budget)
-        ]
-        return [(arm, budget, self.ends(arm, budget)) for arm, budget in arms]
+        }
+        return tuple(sorted(found.values(), key=lambda reading: (reading.budget, reading.ends[0].flops)))
 
     def _all_arms(self, budget: float) -> Iterator[tuple[Arm, float]]:
         seen = {DENSE.name}

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MultipleLocator, NullLocator, PercentFormatter
 
 from lit_accel.report.axes import COLOURS, DENSE_COLOUR
 from lit_accel.report.saving import Saving
 from scripts.bench.analysis import Evidence, Reading
-from scripts.bench.study import DENSE
+from scripts.bench.study import DENSE, SMALLER_RATES
 
 _GREY, _GRID = "#808080", "#e3e3e3"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -65,10 +65,10 @@ def _frontier(evidence: Evidence) -> Figure:
         axes.plot(
             [end.flops for end in ends], [end.loss for end in ends], "o", color=DENSE_COLOUR[0], ms=5, mec="white"
         )
-    if controls := evidence.smaller_models():
+    if controls := evidence.smaller_models:
         axes.plot(
-            [fmean(end.flops for end in ends) for _, _, ends in controls],
-            [fmean(end.loss for end in ends) for _, _, ends in controls],
+            [fmean(end.flops for end in reading.ends) for reading in controls],
+            [reading.loss[0] for reading in controls],
             "D",
             ms=6,
             mfc="none",
@@ -101,33 +101,44 @@ def _frontier(evidence: Evidence) -> Figure:
 
 
 def _savings(evidence: Evidence) -> Figure:
-    arms = [arm for arm in evidence.study.others if evidence.of(arm.name)]
-    figure = Figure(figsize=(10, 1.4 + 0.36 * len(arms)), dpi=150, layout="constrained")
+    rows = _by_title([*evidence.readings, *evidence.smaller_models])
+    figure = Figure(figsize=(10, 1.6 + 0.36 * len(rows)), dpi=150, layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
     for panel, cost in zip(panels, ("FLOPs", "seconds"), strict=True):
         panel.axvline(0, color=_GREY, linewidth=1)
-        for number, arm in enumerate(arms):
-            for reading in evidence.of(arm.name):
+        for number, readings in enumerate(rows.values()):
+            for reading in readings:
                 _interval(panel, number, reading, reading.in_flops if cost == "FLOPs" else reading.in_seconds, evidence)
         panel.set_xlim(_LEAST, _MOST)
+        panel.xaxis.set_major_locator(MultipleLocator(0.2))
         panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         panel.set_xlabel(f"{cost} saved at equal loss (95 %)")
         _style(panel)
-    panels[0].set_yticks(range(len(arms)), [arm.title for arm in arms])
+    panels[0].set_yticks(range(len(rows)), list(rows))
     panels[0].invert_yaxis()
     run = {reading.budget for reading in evidence.readings}
     for number, budget in enumerate(budget for budget in evidence.rung.budgets if budget in run):
         panels[0].plot([], [], _MARKERS[number], color=COLOURS[number][0], label=f"budget x{budget:g}")
+    panels[0].plot([], [], "o", mfc="white", mec=_GREY, label="a method that loses to B1 or B2")
+    panels[1].plot([], [], "o", color=_GREY, label="a smaller dense model, no method")
     panels[1].plot([], [], "<", color=_GREY, label="beyond the axis, or worse than all dense runs")
-    figure.legend(loc="outside lower center", ncols=len(run) + 1, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     _title(figure, f"Saved against tuned dense training ({evidence.rung.title})")
     return figure
+
+
+def _by_title(readings: Sequence[Reading]) -> dict[str, list[Reading]]:
+    """Group readings of an arm, which may have been run at several budgets; in the order of the registry."""
+    found: dict[str, list[Reading]] = {}
+    for reading in readings:
+        found.setdefault(reading.arm.title, []).append(reading)
+    return found
 
 
 def _interval(panel: Axes, row: int, reading: Reading, saving: Saving, evidence: Evidence) -> None:
     order = evidence.rung.budgets.index(reading.budget)
     height = row + 0.24 * (order - (len(evidence.rung.budgets) - 1) / 2)
-    colour = COLOURS[order][0]
+    colour = _GREY if reading.arm.lr_of == SMALLER_RATES else COLOURS[order][0]
     best, worst = evidence.in_flops.losses
     share, low, high = saving.share, saving.low, saving.high
     if share is None:
@@ -136,7 +147,9 @@ def _interval(panel: Axes, row: int, reading: Reading, saving: Saving, evidence:
         ends = np.clip([low, high], _LEAST, _MOST)
         panel.plot(ends, [height, height], color=colour, linewidth=2, solid_capstyle="butt")
     marker = "<" if share < _LEAST else ">" if share > _MOST else _MARKERS[order]
-    panel.plot(np.clip(share, _LEAST + _EDGE, _MOST - _EDGE), height, marker, color=colour, ms=6.5, mec="white")
+    # Whoever looks at the savings alone must see which of them a dense model makes, too.
+    face, edge = ("white", colour) if reading.loses_to_a_control else (colour, "white")
+    panel.plot(np.clip(share, _LEAST + _EDGE, _MOST - _EDGE), height, marker, mfc=face, mec=edge, ms=6.5)
 
 
 def _tunings(evidence: Evidence) -> Figure:

@@ -10,12 +10,12 @@ from scipy import stats
 
 from lit_accel.report.frontier import NUM_BUDGETS, amount
 from lit_accel.report.saving import Saving
-from scripts.bench.analysis import CONFIDENCE, End, Evidence, Gap, Reading, mean_and_deviation, seconds_share
+from scripts.bench.analysis import CONFIDENCE, End, Evidence, Gap, Reading, mean_and_deviation
 from scripts.bench.jobs import jobs, row_key
 from scripts.bench.log import Row
 from scripts.bench.study import DENSE, Arm
 from scripts.bench.tuning import is_interior
-from scripts.bench.verdicts import verdict
+from scripts.bench.verdicts import saved, verdict
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -47,8 +47,23 @@ def regime(evidence: Evidence) -> str:
     return (
         f"{rung.title}: {rung.body / 1e6:.2f}M parameters in blocks, steps of {rung.samples_per_step} x "
         f"{rung.tokens_per_sample} tokens; {trained}dense models for up to {longest}, less than one epoch each. "
-        "That is far from converged: the regime in which small and cheap models look best."
+        f"That is far from converged: the regime in which small and cheap models look best.{_without_methods(evidence)}"
     )
+
+
+def _without_methods(evidence: Evidence) -> str:
+    """Say what a smaller model saves, beside which all savings of methods are to be seen."""
+    found = []
+    for budget in evidence.rung.budgets:
+        savings = [
+            (reading.in_flops.share, reading.arm.title, saved(reading))
+            for reading in evidence.smaller_models
+            if reading.budget == budget and reading.in_flops.share is not None
+        ]
+        if savings:
+            _, title, words = max(savings)
+            found.append(f"{title}, at x{budget:g} {words}")
+    return f" What fewer blocks do without any method: {'; '.join(found)}." if found else ""
 
 
 def frontier_table(evidence: Evidence) -> str:
@@ -152,17 +167,18 @@ def savings_table(evidence: Evidence, budget: float) -> str:
 
 
 def depths_table(evidence: Evidence, budget: float) -> str:
-    """Return what dense models with fewer blocks cost, and where they end in as many steps as the full one."""
+    """Return what dense models with fewer blocks cost, where they end in as many steps as the full one, and "save"."""
     dense = evidence.dense.get(budget, ())
-    known = [(arm, ends) for arm, trained_for, ends in evidence.smaller_models() if trained_for == budget]
-    known.sort(key=lambda each: each[1][0].flops)
     lines = []
-    for title, ends in (*((arm.title, ends) for arm, ends in known), (DENSE.title, dense)):
-        mean, deviation = mean_and_deviation([end.loss for end in ends])
-        share = fmean(end.flops for end in ends) / fmean(end.flops for end in dense)
-        seconds = seconds_cell(seconds_share(ends, dense)) if ends is not dense else "1"
-        lines.append([title, f"{len(ends)}", f"{share:.3f}", seconds, f"{mean:.4f} ± {deviation:.4f}"])
-    return table(["model", "seeds", "FLOPs", "seconds", "held-out loss"], lines)
+    for reading in evidence.smaller_models:
+        if reading.budget == budget:
+            share = fmean(end.flops for end in reading.ends) / fmean(end.flops for end in dense)
+            seconds, loss = seconds_cell(reading.seconds_share), "{:.4f} ± {:.4f}".format(*reading.loss)
+            savings = [saving_cell(saving) for saving in (reading.in_flops, reading.in_seconds)]
+            lines.append([reading.arm.title, f"{len(reading.ends)}", f"{share:.3f}", seconds, loss, *savings])
+    mean, deviation = mean_and_deviation([end.loss for end in dense])
+    lines.append([DENSE.title, f"{len(dense)}", "1.000", "1", f"{mean:.4f} ± {deviation:.4f}", "", ""])
+    return table(["model", "seeds", "FLOPs", "seconds", "held-out loss", "FLOPs saved", "seconds saved"], lines)
 
 
 def seconds_cell(share: tuple[float, float] | None) -> str:

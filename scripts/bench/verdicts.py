@@ -66,7 +66,7 @@ def _loses(evidence: Evidence, reading: Reading) -> bool:
     cheapest, _ = evidence.in_flops.log_costs
     is_worse = saving.share is None and reading.loss[0] > evidence.in_flops.losses[1]
     is_far_below = is_worse and saving.cost >= math.exp(cheapest)
-    return is_below or is_far_below or any(gap is not None and gap.low > 0 for gap in (reading.b1, reading.b2))
+    return is_below or is_far_below or reading.loses_to_a_control
 
 
 def _reasons(reading: Reading) -> str:

@@ -14,7 +14,7 @@ from tests.bench.planted import planted_log
 
 @pytest.fixture(scope="module")
 def found():
-    return read_study(planted_log({"vcycle": 1.4}), num_draws=200)
+    return read_study(planted_log({"vcycle": 1.4, "smaller-6": 1.6}), num_draws=200)
 
 
 def test_every_rung_has_a_frontier_and_every_arm_a_reading_once_all_is_run(found):
@@ -52,13 +52,21 @@ def test_tables_are_whole(found):
 def test_smaller_models_stand_beside_the_full_one_cheapest_first(found):
     evidence = found["gpt"]
     rows = [line.split(" | ") for line in tables.depths_table(evidence, 1.0).splitlines()[2:]]
-    costs = [float(flops) for _, _, flops, _, _ in rows]
+    costs = [float(flops) for _, _, flops, *_ in rows]
     assert rows[-1][0] == "| dense"
     assert costs[-1] == 1
     assert costs == sorted(costs)
     written = dict(zip([name for name, *_ in rows], rows, strict=True))
     # As planted.
     assert written["| dense, 6 blocks"][1:4] == ["3", "0.760", "0.76 ± 0.00"]
+
+
+def test_what_a_smaller_model_saves_is_said_beside_what_methods_save(found):
+    """It was planted that six of eight blocks are worth more than anything else."""
+    savings = {reading.arm.name: reading.in_flops.share for reading in found["gpt"].smaller_models}
+    assert max(savings, key=savings.get) == "smaller-6"
+    assert savings["smaller-6"] > 0.3
+    assert "What fewer blocks do without any method: dense, 6 blocks, at x1 +" in tables.regime(found["gpt"])
 
 
 def test_pictures_are_drawn(found, tmp_path):
