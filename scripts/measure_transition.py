@@ -127,13 +127,13 @@ def run_cycle(optimizer_state: str, batch_size: int, length: int, *, watches_mem
     """Run a short V-cycle; return its trainer and what was watched."""
     L.seed_everything(0, verbose=False)
     module = RandomTokens(batch_size, length)
-    method = MultiLevelTraining(phases=[Phase(0, 4), Phase(1, 4), Phase(0)], optimizer_state=optimizer_state, alpha=0.5)
+    method = MultiLevelTraining(phases=[Phase(0, 3), Phase(1, 2), Phase(0)], optimizer_state=optimizer_state, alpha=0.5)
     watch = Watch(method, module.model.config.n_layer, watches_memory=watches_memory)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
         strategy="resizable",
-        max_steps=12,
+        max_steps=8,
         # The watch comes second, so that a step's time holds no transition.
         callbacks=[method, watch],
         logger=False,

@@ -11,6 +11,7 @@ import yaml
 
 from lit_accel.cli import main
 from tests.bad_input.harness import TEXT, configurations, only_message
+from tests.forked import lit_accel, run_forked
 
 BROKEN = """
 import lightning.pytorch as L
@@ -43,10 +44,9 @@ def run(folder, *command):
             2,
             "Did you mean trainer.max_steps?",
         ),
-        ((str(EXECUTABLE),), ("fit", "--config", "gpt.yaml", "--data.source=no.txt"), 1, "source='no.txt' is no file"),
         (AS_MODULE, ("report", "nowhere"), 1, "There is no nowhere"),
     ],
-    ids=["usage", "data", "report"],
+    ids=["usage", "report"],
 )
 def test_the_exit_code_is_real(tmp_path, cache, command, args, code, message):
     (tmp_path / "text.txt").write_text(TEXT)
@@ -54,6 +54,13 @@ def test_the_exit_code_is_real(tmp_path, cache, command, args, code, message):
     ended = run(tmp_path, *command, *args)
     assert ended.returncode == code
     assert message in only_message(ended.stderr)
+
+
+def test_data_that_are_not_there_end_it_with_one_message(tmp_path, cache):
+    (tmp_path / "gpt.yaml").write_text(yaml.safe_dump(configurations(cache)["gpt"]))
+    ended = run_forked(tmp_path, lit_accel, tmp_path, "fit", "--config", "gpt.yaml", "--data.source=no.txt")
+    assert ended.returncode == 1
+    assert "source='no.txt' is no file" in only_message(ended.stderr)
 
 
 @pytest.mark.parametrize("error", ['ValueError("my own")', 'KeyError("my own")', 'AttributeError("my own")', "1 / 0"])
