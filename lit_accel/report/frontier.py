@@ -10,12 +10,14 @@ import numpy as np
 from lit_accel.compute.units import duration, prefix_for
 from lit_accel.report.arms import SAME_BUDGET, by_budget
 from lit_accel.report.curve import Curves, fit_curves
-from lit_accel.report.noise import Cell, Cost, End, estimate_noise, scatter
+from lit_accel.report.noise import Cell, Cost, End, estimate_noise, fit_scatter, scatter
 
 NUM_DRAWS = 2000
 NUM_BUDGETS = 3
 # What the curve may miss a budget by: standard errors of its mean, or a share of the range of losses.
 _STANDARD_ERRORS, _SHARE_OF_RANGE = 3.0, 0.02
+# With fewer budgets beyond those that the curve needs, nobody can say by how much it misses them.
+_ENOUGH_BUDGETS = 5
 # A power so steep is a step and then a plateau: no frontier to read costs from.
 _STEEPEST = 8.0
 
@@ -31,6 +33,9 @@ class Frontier:
         reason: Why there is none, or ``None``.
         residuals: What each budget's mean loss is above the curve, of shape (budgets,).
         warnings: What to be careful about.
+        shared: Standard deviations of what all runs of a cell share beyond the seeds. In log cost: how well the unit
+            of seconds was known when they ran. In loss: by how much the curve misses budgets beyond what the scatter of
+            seeds explains, if there are budgets enough to tell.
     """
 
     cost: Cost
@@ -39,6 +44,7 @@ class Frontier:
     reason: str | None
     residuals: np.ndarray
     warnings: tuple[str, ...] = ()
+    shared: tuple[float, float] = (0.0, 0.0)
 
     @property
     def losses(self) -> tuple[float, float]:
@@ -54,8 +60,7 @@ class Frontier:
 
     def fit(self, means: np.ndarray) -> Curves:
         """Fit curves through means of the cells, of shape (draws, cells, 2)."""
-        weights = np.array([len(cell.losses) for cell in self.cells], dtype=np.float64)
-        return fit_curves(means[:, :, 0], means[:, :, 1], weights)
+        return fit_curves(means[:, :, 0], means[:, :, 1], _weights(self.cells))
 
     def band(self, log_costs: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray] | None:
         """Return between which losses the curve lies in 95 % of the draws.
@@ -70,7 +75,7 @@ class Frontier:
         if self.curve is None or (noise := estimate_noise(self.cells, (), self.curve)) is None:
             return None
         rng = np.random.default_rng(seed)
-        draws = self.fit(noise.draw(self.cells, noise.scales(NUM_DRAWS, rng), rng))
+        draws = self.fit(noise.draw(self.cells, noise.scales(NUM_DRAWS, rng), rng, self.shared))
         losses = Curves(
             draws.floor[:, None], draws.excess[:, None], draws.exponent[:, None], draws.log_reference[:, None]
         ).loss(log_costs)
@@ -78,12 +83,13 @@ class Frontier:
         return low, high
 
 
-def fit_frontier(dense: Sequence[End], cost: Cost) -> Frontier:
+def fit_frontier(dense: Sequence[End], cost: Cost, cost_error: float = 0.0) -> Frontier:
     """Fit the frontier of dense runs.
 
     Args:
         dense: Dense runs, each with its own completed learning-rate decay.
         cost: ``flops`` or ``seconds``.
+        cost_error: Standard deviation of the error that runs of a budget share in their log cost.
     """
     cells = tuple(Cell.of(runs, cost) for runs in by_budget(dense))
     means = np.stack([cell.mean for cell in cells]) if cells else np.empty((0, 2))
@@ -99,7 +105,32 @@ def fit_frontier(dense: Sequence[End], cost: Cost) -> Frontier:
         )
         return Frontier(cost, cells, None, reason, nothing)
     residuals = means[:, 1] - curve.loss(means[:, 0])
-    return Frontier(cost, cells, curve, None, residuals, _check(cells, means, residuals, cost))
+    return Frontier(
+        cost,
+        cells,
+        curve,
+        None,
+        residuals,
+        _check(cells, means, residuals, cost),
+        (cost_error, _misfit(cells, residuals)),
+    )
+
+
+def _misfit(cells: Sequence[Cell], residuals: np.ndarray) -> float:
+    """Estimate by how much a curve misses its budgets beyond the scatter of seeds, by the method of moments."""
+    num_free = len(cells) - NUM_BUDGETS
+    law = fit_scatter(cells)
+    if num_free < _ENOUGH_BUDGETS or not law.deviation > 0:
+        return 0.0
+    weights = np.array([len(cell.losses) / float(law.at(cell.mean[1])) ** 2 for cell in cells])
+    excess = np.sum(weights * residuals**2) - num_free
+    return float(np.sqrt(max(0.0, excess) / (weights.sum() - np.sum(weights**2) / weights.sum())))
+
+
+def _weights(cells: Sequence[Cell]) -> np.ndarray:
+    """Weight budgets by their runs, and by how little these scatter where that is known."""
+    sizes = fit_scatter(cells).relative(np.array([cell.mean[1] for cell in cells]))
+    return np.array([len(cell.losses) for cell in cells]) / sizes**2
 
 
 _NOUNS = {"flops": "FLOPs", "seconds": "seconds"}

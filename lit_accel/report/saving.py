@@ -75,7 +75,8 @@ def saving_against(
     if drawn is None:
         return Saving(cost, loss, dense_cost, None, interval="one seed: no interval")
     noise, scales, curves = drawn
-    drawn_cost, drawn_loss = noise.draw([cell], scales, np.random.default_rng([seed, 1]))[:, 0].T
+    drawn_means = noise.draw([cell], scales, np.random.default_rng([seed, 1]), frontier.shared)
+    drawn_cost, drawn_loss = drawn_means[:, 0].T
     savings = -np.expm1(drawn_cost - curves.log_cost(drawn_loss))
     is_better, is_worse = drawn_loss < low, drawn_loss > high
     # A floor above the loss: dense training would not get there at any cost, as far as this draw can tell.
@@ -110,7 +111,7 @@ def _draw_frontiers(
         return None
     rng = np.random.default_rng(seed)
     scales = noise.scales(num_draws, rng)
-    return noise, scales, frontier.fit(noise.draw(frontier.cells, scales, rng))
+    return noise, scales, frontier.fit(noise.draw(frontier.cells, scales, rng, frontier.shared))
 
 
 def _quantile(values: np.ndarray, share: float) -> float:

@@ -35,8 +35,9 @@ HOW_TO_READ = (
         "95 % of 2,000 draws of a bootstrap over seeds. Budgets are kept; each run of the dense budgets and of the "
         "method gets the deviation of a random seed from its budget's mean, the curve is fitted anew, and the saving "
         "is read again. Deviations of all budgets of the dense runs and of the arm are drawn from together and widened "
-        "for their small number. Without repeated seeds the residuals of the curve stand in. Where draws leave the "
-        "measured range, an end of the interval is open.",
+        "for their small number; from 20 degrees of freedom on, their size depends on the loss. From eight budgets on, "
+        "what the curve misses them by, beyond the seeds, is drawn too. Without repeated seeds the residuals of the "
+        "curve stand in. Where draws leave the measured range, an end of the interval is open.",
     ),
     (
         "FLOPs and seconds",

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from lit_accel.report.frontier import Frontier, fit_frontier
-from lit_accel.report.noise import Cell, Cost, scatter
+from lit_accel.report.noise import Cell, Cost, Scatter, fit_scatter
 from lit_accel.report.saving import Saving, saving_against
 from scripts.bench.jobs import Study, b1_share, shorter
 from scripts.bench.log import Row
@@ -178,12 +178,21 @@ class Evidence:
         return {budget: ends for budget, ends in found.items() if len(ends) >= len(SEEDS)}
 
     @cached_property
-    def _fitted_groups(self) -> list[tuple[End, ...]]:
-        return [ends for budget, ends in self.dense.items() if budget in self.rung.fitted_budgets]
+    def fitted(self) -> tuple[tuple[float, Arm, tuple[End, ...]], ...]:
+        """Budget, arm and ends of what the curve goes through, by budget: the dense runs, and the controls B1."""
+        least = min(self.rung.fitted_budgets)
+        found = [(budget, DENSE, ends) for budget, ends in self.dense.items() if budget in self.rung.fitted_budgets]
+        found += [
+            (budget * share, arm, self.ends(arm, budget, share))
+            for budget in self.rung.budgets
+            for arm, share in self._all_arms(budget)
+            if share < 1 and budget * share >= least and self.is_complete(arm, budget, share)
+        ]
+        return tuple(sorted(found, key=lambda each: each[0]))
 
     @property
     def _fitted(self) -> list[End]:
-        return [end for ends in self._fitted_groups for end in ends]
+        return [end for _, _, ends in self.fitted for end in ends]
 
     @cached_property
     def in_flops(self) -> Frontier:
@@ -193,7 +202,27 @@ class Evidence:
     @cached_property
     def in_seconds(self) -> Frontier:
         """The dense frontier in seconds."""
-        return fit_frontier(self._fitted, "seconds")
+        return fit_frontier(self._fitted, "seconds", self.unit_error)
+
+    @cached_property
+    def unit_error(self) -> float:
+        """How far the unit of seconds is off from one cell to the next, as a standard deviation of logarithms.
+
+        The runs of a cell follow each other, so the seeds do not show it. Cells of full-size dense training do: each
+        of their steps costs one unit.
+        """
+        same = [
+            self.ends(arm, budget)
+            for budget in self.rung.budgets
+            for arm in self.study.others
+            if arm.name in ("null", "half-lr", "dense-ltlr") and self.is_complete(arm, budget)
+        ]
+        cells = [*(ends for _, _, ends in self.fitted), *same]
+        steps = [np.log([end.seconds / end.num_steps for end in ends]) for ends in cells]
+        if len(steps) < 2:
+            return 0.0
+        within = fmean(step.var(ddof=1) / len(step) for step in steps)
+        return float(np.sqrt(max(0.0, np.var([step.mean() for step in steps], ddof=1) - within)))
 
     @cached_property
     def _groups(self) -> list[tuple[End, ...]]:
@@ -207,8 +236,9 @@ class Evidence:
 
     @cached_property
     def _cells(self) -> dict[Cost, list[Cell]]:
-        """Those that end on the curve, as points; the dense ones of the frontier left out, which it has itself."""
-        groups = [group for group in self._groups if self._is_on_curve(group) and group not in self._fitted_groups]
+        """Those groups as points, without those of the frontier, which it has itself."""
+        fitted = [ends for _, _, ends in self.fitted]
+        groups = [group for group in self._groups if group not in fitted]
         return {cost: [Cell.of(group, cost) for group in groups] for cost in get_args(Cost)}
 
     @cached_property
@@ -234,17 +264,9 @@ class Evidence:
                         yield control, part
 
     @cached_property
-    def deviation(self) -> tuple[float, int]:
-        """Standard deviation of losses between seeds, over all cells that end on the curve; its degrees of freedom."""
-        return _pooled([ends for ends in self._groups if self._is_on_curve(ends)])
-
-    def _is_on_curve(self, ends: Sequence[End]) -> bool:
-        """Whether runs end no higher than the dense ones that are fitted.
-
-        Shorter ones may still be on the plateau before the curve begins, where seeds differ in when they leave it.
-        """
-        highest = max((fmean(end.loss for end in group) for group in self._fitted_groups), default=float("inf"))
-        return fmean(end.loss for end in ends) <= highest
+    def scatter(self) -> Scatter:
+        """How much losses scatter between seeds, as a function of the loss, from all groups."""
+        return fit_scatter([Cell.of(ends, "flops") for ends in self._groups])
 
     def slope(self, budget: float) -> float:
         """Return by how many nats the frontier falls per unit of ln C at a budget's dense cost."""
@@ -276,7 +298,7 @@ class Evidence:
         paired = [end.loss - by_seed[end.seed].loss for end in ends if end.seed in by_seed]
         share = fmean(end.flops / end.dense_flops for end in ends)
         b1 = b2 = None
-        if arm.role == "method":
+        if share < 1 and arm.lr_of != SMALLER_RATES:
             b1, b2 = self._above_shorter(ends, budget, share), self._above_smaller(ends, budget, share)
         return Reading(
             arm=arm,
@@ -286,11 +308,24 @@ class Evidence:
             in_flops=self._saving(self.in_flops, ends),
             in_seconds=self._saving(self.in_seconds, ends),
             flops_share=share,
-            seconds_share=seconds_share(ends, dense),
+            seconds_share=seconds_share(ends, dense, self.unit_error),
             paired=mean_and_deviation(paired) if len(paired) > 1 else None,
             b1=b1,
             b2=b2,
         )
+
+    def better_model(self, reading: Reading, cost: Cost = "flops") -> Reading | None:
+        """Return the cheapest smaller dense model that costs no more than an arm and ends no higher, if there is one.
+
+        Args:
+            reading: The arm, at a budget.
+            cost: In FLOPs or in seconds.
+        """
+        for model in self.smaller_models:
+            theirs, mine = (fmean(getattr(end, cost) for end in each.ends) for each in (model, reading))
+            if model.budget == reading.budget and theirs <= mine and model.loss[0] <= reading.loss[0]:
+                return model
+        return None
 
     def _saving(self, frontier: Frontier, ends: Sequence[End]) -> Saving:
         return saving_against(frontier, Cell.of(ends, frontier.cost), self._cells[frontier.cost], self.num_draws)
@@ -332,12 +367,11 @@ class Evidence:
         """
         loss = sum(weight * fmean(end.loss for end in group) for weight, group in control) + carried
         mean = fmean(end.loss for end in ends) - loss
-        groups = [ends, *(group for _, group in control)]
-        deviation, num_free = (
-            self.deviation if all(self._is_on_curve(group) for group in groups) else _pooled(self._groups)
-        )
-        error = deviation * np.sqrt(1 / len(ends) + sum(weight**2 / len(group) for weight, group in control))
-        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, num_free) * error)
+        variances = [
+            (weight * self.scatter.at(fmean(end.loss for end in group))) ** 2 / len(group)
+            for weight, group in ((1.0, ends), *control)
+        ]
+        reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.scatter.num_free) * np.sqrt(sum(variances)))
         return Gap(mean, mean - reach, mean + reach)
 
     def fake_savings(self) -> list[tuple[float, float, float]]:
@@ -372,7 +406,7 @@ def read_study(rows: Sequence[Row], num_draws: int = NUM_DRAWS) -> dict[str, Evi
         for reading in evidence.readings
         if reading.arm.role == "method" and reading.in_flops.p_value is not None
     ]
-    # Those that are missing count as not significant: a verdict must not change because others come in.
+    # Those that are missing count as not significant, which is the strictest that they can be.
     registered = [(rung, arm) for rung in RUNGS.values() for arm in ARMS[rung.name] if arm.role == "method"]
     num_missing = sum(len(rung.budgets) for rung, _ in registered) - len(tested)
     corrected = holm([p for _, _, p in tested] + [1.0] * num_missing)
@@ -402,12 +436,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def seconds_share(ends: Sequence[End], dense: Sequence[End]) -> tuple[float, float] | None:
+def seconds_share(ends: Sequence[End], dense: Sequence[End], unit_error: float = 0.0) -> tuple[float, float] | None:
     """Return the seconds of runs in parts of dense ones, and the standard error of the share's logarithm.
 
     Args:
         ends: The runs.
         dense: Dense runs of as many steps.
+        unit_error: How far the unit is off from one cell to the next.
 
     Returns:
         ``None`` if there is but one of either.
@@ -415,18 +450,12 @@ def seconds_share(ends: Sequence[End], dense: Sequence[End]) -> tuple[float, flo
     if len(ends) < 2 or len(dense) < 2:
         return None
     one, other = (np.log([end.seconds for end in group]) for group in (ends, dense))
-    error = np.sqrt(one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other))
+    error = np.sqrt(one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other) + 2 * unit_error**2)
     return float(np.exp(one.mean() - other.mean())), float(error)
 
 
 def _mean_flops(ends: Sequence[End]) -> float:
     return fmean(end.flops for end in ends)
-
-
-def _pooled(groups: Sequence[Sequence[End]]) -> tuple[float, int]:
-    """Return the standard deviation of losses between seeds, and its degrees of freedom."""
-    cells = [Cell.of(ends, "flops") for ends in groups]
-    return scatter(cells) or float("nan"), sum(len(cell.losses) - 1 for cell in cells)
 
 
 def _when(row: Row) -> float:

@@ -1,4 +1,4 @@
-"""The log of finished runs: a line each, only ever appended to."""
+"""The log of finished runs, a line each; only ever appended to, but for hashes that the protocol names."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from lit_accel.report.saving import Saving
 from scripts.bench.analysis import Evidence, Reading
 from scripts.bench.study import DENSE, SMALLER_RATES
 
-_GREY, _GRID = "#808080", "#e3e3e3"
+_GREY, _PALE, _GRID = "#808080", "#c8c8c8", "#e3e3e3"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # Of the tunings' axis, in nats above the best trial.
 _TOP = 0.3
@@ -61,7 +61,8 @@ def _frontier(evidence: Evidence) -> Figure:
     if (band := frontier.band(log_costs)) is not None:
         axes.fill_between(np.exp(log_costs), *band, color=DENSE_COLOUR[0], alpha=0.18, linewidth=0)
     axes.plot(np.exp(log_costs), frontier.curve.loss(log_costs), color=DENSE_COLOUR[0], label="dense frontier (95 %)")
-    for ends in evidence.dense.values():
+    outside = [ends for budget, ends in evidence.dense.items() if budget not in evidence.rung.fitted_budgets]
+    for ends in [*outside, *(ends for _, _, ends in evidence.fitted)]:
         axes.plot(
             [end.flops for end in ends], [end.loss for end in ends], "o", color=DENSE_COLOUR[0], ms=5, mec="white"
         )
@@ -73,7 +74,7 @@ def _frontier(evidence: Evidence) -> Figure:
             ms=6,
             mfc="none",
             mec=DENSE_COLOUR[0],
-            label="smaller dense models (B2)",
+            label="dense models with fewer blocks",
         )
     for number, arm in enumerate(arm for arm in evidence.study.others if evidence.of(arm.name)):
         readings = evidence.of(arm.name)
@@ -119,7 +120,8 @@ def _savings(evidence: Evidence) -> Figure:
     run = {reading.budget for reading in evidence.readings}
     for number, budget in enumerate(budget for budget in evidence.rung.budgets if budget in run):
         panels[0].plot([], [], _MARKERS[number], color=COLOURS[number][0], label=f"budget x{budget:g}")
-    panels[0].plot([], [], "o", mfc="white", mec=_GREY, label="a method that loses to B1 or B2")
+    panels[0].plot([], [], "o", mfc="white", mec=_GREY, label="loses to B1 or B2")
+    panels[0].plot([], [], "o", color=_PALE, label="not compared with B1 and B2")
     panels[1].plot([], [], "o", color=_GREY, label="a smaller dense model, no method")
     panels[1].plot([], [], "<", color=_GREY, label="beyond the axis, or worse than all dense runs")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
@@ -148,7 +150,8 @@ def _interval(panel: Axes, row: int, reading: Reading, saving: Saving, evidence:
         panel.plot(ends, [height, height], color=colour, linewidth=2, solid_capstyle="butt")
     marker = "<" if share < _LEAST else ">" if share > _MOST else _MARKERS[order]
     # Whoever looks at the savings alone must see which of them a dense model makes, too.
-    face, edge = ("white", colour) if reading.loses_to_a_control else (colour, "white")
+    is_open = reading.arm.role == "method" and (reading.b1 is None or reading.b2 is None)
+    face, edge = (_PALE, "white") if is_open else ("white", colour) if reading.loses_to_a_control else (colour, "white")
     panel.plot(np.clip(share, _LEAST + _EDGE, _MOST - _EDGE), height, marker, mfc=face, mec=edge, ms=6.5)
 
 
@@ -181,7 +184,7 @@ def _tunings(evidence: Evidence) -> Figure:
         panels.flat[number - columns].tick_params(labelbottom=True)
     figure.supxlabel("learning rate, thousandths", fontsize=9)
     figure.supylabel("nats above the best trial", fontsize=9)
-    _title(figure, "Every arm's learning rate was tuned (arrows: beyond the axis)")
+    _title(figure, "Trials of the learning rate (arrows: beyond the axis)")
     return figure
 
 

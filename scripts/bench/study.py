@@ -319,3 +319,6 @@ _BERT_ARMS = (
 
 RUNGS: dict[str, Rung] = {rung.name: rung for rung in (GPT, VIT, BERT)}
 ARMS: dict[str, tuple[Arm, ...]] = {GPT.name: _GPT_ARMS, VIT.name: _VIT_ARMS, BERT.name: _BERT_ARMS}
+
+# Arms that are two others in one run.
+TOGETHER = {"vcycle-ltd": ("vcycle", "ltd")}

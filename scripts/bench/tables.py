@@ -6,14 +6,15 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
+import numpy as np
 from scipy import stats
 
-from lit_accel.report.frontier import NUM_BUDGETS, amount
+from lit_accel.report.frontier import amount
 from lit_accel.report.saving import Saving
 from scripts.bench.analysis import CONFIDENCE, End, Evidence, Gap, Reading, mean_and_deviation
 from scripts.bench.jobs import jobs, row_key
 from scripts.bench.log import Row
-from scripts.bench.study import DENSE, Arm
+from scripts.bench.study import DENSE, TOGETHER, Arm
 from scripts.bench.tuning import is_interior
 from scripts.bench.verdicts import saved, verdict
 
@@ -68,42 +69,47 @@ def _without_methods(evidence: Evidence) -> str:
 
 def frontier_table(evidence: Evidence) -> str:
     """Return the dense runs, what the curve makes of them, and how finely savings can be told."""
-    rung, lines = evidence.rung, []
-    for budget, ends in evidence.dense.items():
+    rung, curve, lines = evidence.rung, evidence.in_flops.curve, []
+    outside = [(budget, DENSE, ends) for budget, ends in evidence.dense.items() if budget not in rung.fitted_budgets]
+    for budget, arm, ends in sorted([*outside, *evidence.fitted], key=lambda each: each[0]):
         mean, deviation = mean_and_deviation([end.loss for end in ends])
         rate = evidence.study.learning_rate(DENSE, budget) or math.nan
         tokens = ends[0].num_steps * rung.tokens_per_step
-        cost = amount(fmean(end.flops for end in ends), "flops")
-        name = f"x{budget:g}" + ("" if budget in rung.fitted_budgets else " (not fitted)")
-        cells = [name, f"{ends[0].num_steps:,}", f"{tokens / rung.body:.1f}", f"{rate:g}", cost]
-        lines.append([*cells, f"{mean:.4f} ± {deviation:.4f}", *accuracy_cells(evidence, ends)])
-    header = ["budget", "steps", "tokens a parameter", "learning rate", "cost", "held-out loss"]
+        flops = fmean(end.flops for end in ends)
+        name = f"x{budget:g}" + (" (B1)" if arm != DENSE else "" if budget in rung.fitted_budgets else " (not fitted)")
+        above = "" if curve is None else f"{mean - float(curve.loss(np.log([flops]))[0]):+.4f}"
+        cells = [name, f"{len(ends)}", f"{ends[0].num_steps:,}", f"{tokens / rung.body:.1f}", f"{rate:g}"]
+        cells += [amount(flops, "flops"), f"{mean:.4f} ± {deviation:.4f}", above]
+        lines.append([*cells, *accuracy_cells(evidence, ends)])
+    header = ["budget", "seeds", "steps", "tokens a parameter", "learning rate", "cost", "held-out loss", "above curve"]
     return f"{table([*header, *accuracy_header(evidence)], lines)}\n\n{_noise(evidence)}"
 
 
 def _noise(evidence: Evidence) -> str:
-    deviation, num_free = evidence.deviation
-    curve = evidence.in_flops.curve
+    curve, scatter = evidence.in_flops.curve, evidence.scatter
     if curve is None:
         return f"No frontier yet: {evidence.in_flops.reason}"
-    worst = max(abs(residual) for residual in evidence.in_flops.residuals)
-    missed = f"; it misses no budget by more than {worst:.4f}" if len(evidence.in_flops.cells) > NUM_BUDGETS else ""
+    _, misfit = evidence.in_flops.shared
     budgets = [budget for budget in evidence.rung.budgets if budget in evidence.dense]
     floors = []
     for budget in budgets:
-        per_run = deviation / evidence.slope(budget)
-        seeds = len(DENSE.seeds)
-        least = stats.t.ppf((1 + CONFIDENCE) / 2, num_free) * per_run * math.sqrt(2 / seeds)
+        deviation = float(scatter.at(fmean(end.loss for end in evidence.dense[budget])))
+        slope, seeds = evidence.slope(budget), len(DENSE.seeds)
+        least = stats.t.ppf((1 + CONFIDENCE) / 2, scatter.num_free) * math.sqrt(2 * (deviation**2 / seeds + misfit**2))
         floors.append(
-            f"at x{budget:g} {per_run:.1%} of compute, so that {seeds} seeds against {seeds} tell {least:.1%} from "
-            "nothing"
+            f"at x{budget:g} by {deviation:.4f} nats, which is {deviation / slope:.1%} of compute, so that {seeds} "
+            f"seeds against {seeds} tell {least / slope:.1%} from nothing"
         )
+    beyond = (
+        f" It misses budgets by {misfit:.4f} nats beyond what seeds explain; all intervals of savings contain that."
+        if misfit
+        else ""
+    )
     return (
-        f"The curve is L = {curve.floor[0]:.3f} + {curve.excess[0]:.3f} (C / C0)^-{curve.exponent[0]:.3f}{missed}. "
-        f"**Noise floor**: seeds scatter by {deviation:.4f} nats (cells on the curve, {num_free} degrees of freedom): "
-        + "; ".join(floors)
-        + "."
-        + "".join(f"\n\n{warning}" for warning in evidence.in_flops.warnings)
+        f"The curve is L = {curve.floor[0]:.3f} + {curve.excess[0]:.3f} (C / C0)^-{curve.exponent[0]:.3f}.{beyond} "
+        f"**Noise floor**: seeds scatter {'; '.join(floors)} ({scatter.num_free} degrees of freedom; runs that end "
+        f"higher scatter by more). The unit of seconds is off by {evidence.unit_error:.1%} between groups of "
+        "runs." + "".join(f"\n\n{warning}" for warning in evidence.in_flops.warnings)
     )
 
 
@@ -117,7 +123,7 @@ def checks_table(evidence: Evidence) -> str:
             lines.append([reading.arm.title, f"x{reading.budget:g}", *map(saving_cell, savings), expected, *answers])
     for shorter, longer, fake in evidence.fake_savings():
         what = f"no method: the run of x{shorter:g}, held against that of x{longer:g} in mid-way"
-        lines.append([what, f"x{shorter:g}", f"{fake:+.1%}", "", "an undecayed baseline", "", ""])
+        lines.append([what, f"x{shorter:g}", f"{fake:+.1%}", "", "be 0", "", ""])
     header = ["check", "budget", "FLOPs saved", "seconds saved", "should", "do FLOPs?", "do seconds?"]
     return table(header, lines)
 
@@ -163,7 +169,28 @@ def savings_table(evidence: Evidence, budget: float) -> str:
         if reading.budget == budget:
             savings = [saving_cell(reading.in_flops), saving_cell(reading.in_seconds)]
             lines.append([reading.arm.title, *savings, gap_cell(reading.b1), gap_cell(reading.b2)])
-    return table(["arm", "FLOPs saved", "seconds saved", "nats above B1", "nats above B2"], lines)
+    header = ["arm", "FLOPs saved", "seconds saved", "nats above B1", "nats above B2"]
+    return table(header, lines) + "".join(f"\n\n{sentence}" for sentence in _together(evidence, budget))
+
+
+def _together(evidence: Evidence, budget: float) -> list[str]:
+    """Say whether methods in one run save what each of them alone would make one expect."""
+    dense = {
+        reading.arm.name: 1 / (1 - reading.in_flops.share)
+        for reading in evidence.readings
+        if reading.budget == budget and reading.in_flops.share is not None
+    }
+    titles = {arm.name: arm.title for arm in evidence.study.others}
+    sentences = []
+    for name, parts in TOGETHER.items():
+        if {name, *parts} <= dense.keys():
+            product = math.prod(dense[part] for part in parts)
+            sentences.append(
+                f"{titles[name]}: dense training would cost {dense[name]:.2f} times as much, and by the product of "
+                f"both alone {product:.2f} times. The index of composition is {dense[name] / product:.2f}: 1 if they "
+                "multiply, less if one does some of what the other does."
+            )
+    return sentences
 
 
 def depths_table(evidence: Evidence, budget: float) -> str:

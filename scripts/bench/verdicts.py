@@ -20,20 +20,28 @@ def verdict(evidence: Evidence, arm: Arm) -> tuple[Verdict, str]:
         arm: The method.
     """
     readings = evidence.of(arm.name)
+    run = {reading.budget for reading in readings}
     missing = [
-        budget
-        for budget in evidence.rung.budgets
-        if not any(each.budget == budget and each.b1 and each.b2 for each in readings)
+        f"{what} at budget {' and '.join(f'x{budget:g}' for budget in budgets)} are missing"
+        for what, budgets in (
+            ("controls", [each.budget for each in readings if each.b1 is None or each.b2 is None]),
+            ("runs", [budget for budget in evidence.rung.budgets if budget not in run]),
+        )
+        if budgets
     ]
-    reasons = "; ".join(_reasons(reading) for reading in readings)
+    reasons = "; ".join(_reasons(evidence, reading) for reading in readings)
     if missing:
-        budgets = " and ".join(f"x{budget:g}" for budget in missing)
-        return "not finished", f"{reasons}{'; ' if reasons else ''}runs at budget {budgets} are missing"
+        return "not finished", "; ".join([*([reasons] if reasons else []), *missing])
     if null_holds(evidence) is False:
         return "undecided", f"{reasons}; the null method was told from nothing, so no verdict holds"
+    if half_rate_is_seen(evidence) is False:
+        return "undecided", f"{reasons}; half the learning rate was not seen, so no verdict holds"
     if all(_helps(evidence, reading) for reading in readings):
         in_seconds = null_holds(evidence, "seconds") is not False and all(
-            reading.in_seconds.low is not None and reading.in_seconds.low > 0 for reading in readings
+            reading.in_seconds.low is not None
+            and reading.in_seconds.low > 0
+            and evidence.better_model(reading, "seconds") is None
+            for reading in readings
         )
         return "helps" if in_seconds else "helps in FLOPs only", reasons
     if all(_loses(evidence, reading) for reading in readings):
@@ -53,10 +61,17 @@ def null_holds(evidence: Evidence, cost: Cost = "flops") -> bool | None:
     return all(low <= 0 <= high for low, high in known) if known else None
 
 
+def half_rate_is_seen(evidence: Evidence) -> bool | None:
+    """Whether a learning rate that is wrong by a factor of two was seen to cost compute; ``None`` while unknown."""
+    savings = [reading.in_flops for reading in evidence.of("half-lr")]
+    return all(saving.high is not None and saving.high < 0 for saving in savings) if savings else None
+
+
 def _helps(evidence: Evidence, reading: Reading) -> bool:
     saving, p = reading.in_flops, evidence.p_values.get((reading.arm.name, reading.budget), 1.0)
     is_above = saving.low is not None and saving.low > 0 and p < 1 - CONFIDENCE
-    return is_above and all(gap is not None and gap.high < 0 for gap in (reading.b1, reading.b2))
+    beats_both = all(gap is not None and gap.high < 0 for gap in (reading.b1, reading.b2))
+    return is_above and beats_both and evidence.better_model(reading) is None
 
 
 def _loses(evidence: Evidence, reading: Reading) -> bool:
@@ -69,11 +84,13 @@ def _loses(evidence: Evidence, reading: Reading) -> bool:
     return is_below or is_far_below or reading.loses_to_a_control
 
 
-def _reasons(reading: Reading) -> str:
+def _reasons(evidence: Evidence, reading: Reading) -> str:
     parts = [
         f"at x{reading.budget:g} {saved(reading)}",
         *(_against(name, gap) for name, gap in (("B1", reading.b1), ("B2", reading.b2)) if gap is not None),
     ]
+    if better := evidence.better_model(reading):
+        parts.append(f"{better.arm.title} cost less and end no higher")
     return ", ".join(parts)
 
 

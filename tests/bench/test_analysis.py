@@ -81,6 +81,41 @@ def test_no_verdict_holds_where_the_null_method_is_told_from_nothing():
     assert "null method" in why
 
 
+def test_no_verdict_holds_where_half_the_learning_rate_is_not_seen():
+    evidence = read_study(planted_log({**WORTH, "half-lr": 1.5}), num_draws=1000)["gpt"]
+    (arm,) = [arm for arm in evidence.study.others if arm.name == "vcycle"]
+    word, why = verdict(evidence, arm)
+    assert word == "undecided"
+    assert "half the learning rate was not seen" in why
+
+
+def test_a_method_does_not_help_where_a_cheaper_dense_model_ends_as_low():
+    """It beats the neighbours in depth, between which B2 lies; a much smaller model is better still."""
+    evidence = read_study(planted_log({"vcycle": 1.4, "smaller-2": 4.0}), num_draws=1000)["gpt"]
+    (arm,) = [arm for arm in evidence.study.others if arm.name == "vcycle"]
+    for reading in evidence.of("vcycle"):
+        assert reading.b2.high < 0
+        assert evidence.better_model(reading).arm.name == "smaller-2"
+        assert evidence.better_model(reading, "seconds").arm.name == "smaller-2"
+    word, why = verdict(evidence, arm)
+    assert word == "undecided"
+    assert "dense, 2 blocks cost less and end no higher" in why
+
+
+def test_a_unit_of_seconds_that_changes_from_cell_to_cell_widens_what_is_said_of_seconds(rows, evidence):
+    """The seeds of a cell ran one after the other, by one unit: between them nothing is to be seen."""
+    rng = np.random.default_rng(0)
+    units = {key: np.exp(0.05 * rng.standard_normal()) for key in sorted({(row["arm"], row["budget"]) for row in rows})}
+    moved = [{**row, "cpu_seconds": row["cpu_seconds"] * units[row["arm"], row["budget"]]} for row in rows]
+    found = Evidence(GPT, moved, 1000)
+    assert evidence.unit_error == pytest.approx(0, abs=1e-9)
+    assert found.unit_error == pytest.approx(0.05, rel=0.4)
+    for before, after in zip(evidence.of("vcycle"), found.of("vcycle"), strict=True):
+        assert after.in_seconds.high - after.in_seconds.low > 2 * (before.in_seconds.high - before.in_seconds.low)
+        assert after.in_flops.low == before.in_flops.low
+        assert after.seconds_share[1] > 0.03
+
+
 def test_a_cheap_run_that_ends_above_the_frontier_is_no_answer_by_itself():
     """It cost less than every dense run, so that it may well be better than dense training of its cost."""
     rows = [row for row in planted_log({"mst-units": 1.3}) if (row["arm"], row["budget"]) != ("dense", 0.25)]
@@ -93,9 +128,10 @@ def test_a_cheap_run_that_ends_above_the_frontier_is_no_answer_by_itself():
 
 
 def test_the_scatter_is_that_of_the_seeds(evidence):
-    deviation, num_free = evidence.deviation
-    assert deviation == pytest.approx(DEVIATION, rel=0.25)
-    assert num_free > 50
+    assert evidence.scatter.deviation == pytest.approx(DEVIATION, rel=0.25)
+    assert evidence.scatter.num_free > 50
+    # It was planted the same everywhere.
+    assert evidence.scatter.at([1.7, 2.3]) == pytest.approx(DEVIATION, rel=0.4)
 
 
 def test_the_frontier_is_the_planted_law(evidence):
@@ -112,15 +148,18 @@ def test_reading_a_dense_run_in_midway_saves_without_any_method(evidence):
     assert found[2.0, 4.0] > 0.1
 
 
-@pytest.mark.parametrize("missing", ["vcycle", "dense-0.575", "smaller-4", "smaller-5"])
-def test_a_verdict_waits_for_every_run_of_the_method_and_of_its_controls(rows, missing):
+@pytest.mark.parametrize(
+    ("missing", "what"),
+    [("vcycle", "runs"), *((name, "controls") for name in ("dense-0.575", "smaller-4", "smaller-5"))],
+)
+def test_a_verdict_waits_for_every_run_of_the_method_and_of_its_controls(rows, missing, what):
     evidence = Evidence(
         GPT, [row for row in rows if (row["arm"], row["budget"], row["seed"]) != (missing, 2.0, 1)], 100
     )
     (arm,) = [arm for arm in evidence.study.others if arm.name == "vcycle"]
     word, why = verdict(evidence, arm)
     assert word == "not finished"
-    assert "runs at budget x2 are missing" in why
+    assert why.endswith(f"{what} at budget x2 are missing")
 
 
 @given(st.floats(SHARES["smaller-1"], 1))
