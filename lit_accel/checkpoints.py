@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fsspec.core
 import fsspec.utils
 import lightning.pytorch as L
 import torch
@@ -50,7 +51,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or not _is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path = Path(path)
+        path = local_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = _beside(path, _PARTIAL)
         try:
@@ -84,7 +85,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if not _is_local(path):
             return super().load_checkpoint(path, map_location, weights_only)
-        path = Path(path)
+        path = local_path(path)
         if not path.exists():
             raise FileNotFoundError(f"There is no checkpoint {path}.{_others(path)}")
         if path.is_file() and (damage := _damage(path)) is not None:
@@ -121,6 +122,18 @@ def resume_after_saved_step(trainer: L.Trainer) -> None:
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             callback._last_global_step_saved = trainer.global_step
+
+
+def local_path(path: Any) -> Path:
+    """Return the place that Lightning means by the path of a checkpoint.
+
+    Args:
+        path: As a user gives it: ``~`` is the home folder, and it may begin with ``file://``.
+
+    Returns:
+        The absolute path; for what is not of a local file system, the same path.
+    """
+    return Path(fsspec.core.url_to_fs(str(path))[1] if _is_local(path) else path)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -16,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lit_accel.anatomy import find_transformer
-from lit_accel.checkpoints import replaced_folder, whole_folder
+from lit_accel.checkpoints import local_path, replaced_folder, whole_folder
 from lit_accel.resizing import OptimizerState, rebuild_recorded_size, recorded_size, replace_transformer
 from lit_accel.strategies.resizing import ResizeEvent, ResizeMixin, group_options, restore_options
 from lit_accel.strategies.sharding import (
@@ -192,11 +191,11 @@ class ResizableModelParallelStrategy(ResizeMixin, ModelParallelStrategy):
         enough for what schedulers and methods keep there.
         """
         if not self._save_distributed_checkpoint or storage_options is not None:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            super().save_checkpoint(checkpoint, local_path(filepath), storage_options)
             return
         if "optimizer_states" in checkpoint:
             checkpoint[_GROUP_OPTIONS] = [group_options(optimizer) for optimizer in self.optimizers]
-        path = Path(self.broadcast(filepath))
+        path = self.broadcast(local_path(filepath))
         with replaced_folder(path, is_writer=self.is_global_zero, barrier=self.barrier) as folder:
             super().save_checkpoint(checkpoint, folder)
 
@@ -204,7 +203,7 @@ class ResizableModelParallelStrategy(ResizeMixin, ModelParallelStrategy):
         """Bring the model to the size that a checkpoint was written at, and load it; all ranks need its files."""
         module = self.lightning_module
         assert module is not None
-        path = whole_folder(Path(self.broadcast(checkpoint_path)))
+        path = whole_folder(self.broadcast(local_path(checkpoint_path)))
         metadata_path = path / _METADATA if path.is_dir() else path
         # What is no checkpoint is for Lightning to complain of.
         if metadata_path.is_file():

@@ -155,6 +155,45 @@ def test_reads_files_of_the_old_format(path):
     assert step_of(path) == 1
 
 
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder of its own, and another one to work in."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("given", ["~/runs/last.ckpt", "file://{}/runs/last.ckpt"])
+def test_a_path_is_the_one_that_lightning_means(home, given):
+    """A method brings this IO along by itself: with it, a path is still the same place."""
+    place, path = home / "runs" / "last.ckpt", given.format(home)
+    kinds = (TorchCheckpointIO, AtomicCheckpointIO)
+    for writer in kinds:
+        writer().save_checkpoint(OLD, path)
+        assert os.listdir(place.parent) == ["last.ckpt"]
+        assert all(reader().load_checkpoint(path)["global_step"] == 1 for reader in kinds)
+        AtomicCheckpointIO().remove_checkpoint(path)
+        assert not place.exists()
+    with pytest.raises(FileNotFoundError, match=f"There is no checkpoint .*{place.name}"):
+        AtomicCheckpointIO().load_checkpoint(path)
+    assert os.listdir(home.parent / "work") == []
+
+
+def test_a_run_with_a_method_goes_on_from_the_home_folder(home):
+    def fit(num_steps: int, resume: str | None = None) -> L.Trainer:
+        options = {"strategy": "auto", "max_steps": num_steps, "max_epochs": -1}
+        trainer = make_trainer(home.parent, callbacks=[ProgressiveLayerDropping()], **options)
+        trainer.fit(TinyModule(), loader(), ckpt_path=resume)
+        return trainer
+
+    fit(2).save_checkpoint("~/end.ckpt")
+    assert step_of(home / "end.ckpt") == 2
+    assert fit(3, "~/end.ckpt").global_step == 3
+    assert os.listdir(home.parent / "work") == []
+
+
 @pytest.mark.parametrize(
     ("method", "strategy"),
     [(lambda: ProgressiveLayerDropping(), "auto"), (lambda: MultiLevelTraining(), "resizable")],

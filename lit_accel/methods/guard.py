@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_accel.checkpoints import resume_after_saved_step
+from lit_accel.checkpoints import local_path, resume_after_saved_step
 from lit_accel.methods.coordinator import coordinator_of
 from lit_accel.methods.requirements import digest_of, require_equal_on_ranks
 from lit_accel.resizing import rebuild_recorded_size
@@ -146,7 +146,7 @@ class TrainingGuard(L.Callback):
             self._last_loss = self._losses[-1]
         if self.roll_back and coordinator_of(trainer).transitions(step):
             folder = self.folder or trainer.log_dir or trainer.default_root_dir
-            path = Path(trainer.strategy.broadcast(folder)) / CHECKPOINT_NAME
+            path = trainer.strategy.broadcast(local_path(folder)) / CHECKPOINT_NAME
             trainer.save_checkpoint(path)
             self._saved = path
 

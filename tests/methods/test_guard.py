@@ -147,6 +147,21 @@ def test_rolls_back(tmp_path, step):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("given", ["~/kept", "file://{}/kept"])
+def test_rolls_back_from_the_home_folder(tmp_path, monkeypatch, given):
+    """The folder is the one that Lightning would mean."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "work")
+    module = Spoiled(DOWN)
+    size = sum(parameter.numel() for parameter in module.net.parameters())
+    guard = TrainingGuard(roll_back=True, folder=given.format(tmp_path))
+    with pytest.raises(NonFiniteError, match=f"Resume from {tmp_path}/kept/before_transition.ckpt, which"):
+        fit(tmp_path, module, cycle(), guard)
+    assert sum(parameter.numel() for parameter in module.net.parameters()) == size
+    assert list((tmp_path / "work").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "methods",
     [

@@ -152,6 +152,24 @@ def test_other_callbacks_can_resize(tmp_path):
     trainer.validate(module, loader(num_samples=8), ckpt_path=tmp_path / "end.ckpt", verbose=False)
 
 
+@pytest.mark.parametrize("is_distributed", [True, False])
+@pytest.mark.parametrize("given", ["~/end.ckpt", "file://{}/end.ckpt"])
+def test_a_path_is_the_one_that_lightning_means(tmp_path, monkeypatch, given, is_distributed):
+    (tmp_path / "work").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "work")
+    module, path = TinyModule(), given.format(tmp_path)
+    strategy = ResizableModelParallelStrategy(save_distributed_checkpoint=is_distributed)
+    trainer = fit(tmp_path, module, strategy=strategy, max_steps=1)
+    trainer.save_checkpoint(path)
+    assert (tmp_path / "end.ckpt").is_dir() is is_distributed
+    # What is in its place is replaced.
+    trainer.save_checkpoint(path)
+    trainer.validate(module, loader(num_samples=8), ckpt_path=path, verbose=False)
+    assert {each.name for each in tmp_path.iterdir()} == {"work", "end.ckpt"}
+    assert list((tmp_path / "work").iterdir()) == []
+
+
 def test_an_evaluation_before_training_leaves_nothing_behind(tmp_path, monkeypatch):
     """Lightning evaluates in inference mode wherever it can (not with gloo), and its tensors cannot be trained."""
     monkeypatch.setattr(torch.distributed, "get_backend", lambda *_: "none")
