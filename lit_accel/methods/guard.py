@@ -73,8 +73,8 @@ class TrainingGuard(L.Callback):
         self._step = -1
         self._transition: tuple[int, str] | None = None
         self._losses: list[Tensor] = []
-        self._last_loss: Tensor | None = None
-        self._loss_before: Tensor | None = None
+        self._last_losses: list[Tensor] = []
+        self._losses_before: list[Tensor] = []
         self._saved: Path | None = None
         self._options: list[dict[str, Any]] = []
 
@@ -111,14 +111,14 @@ class TrainingGuard(L.Callback):
         coordinator = coordinator_of(trainer)
         if changes := coordinator.transitions(step):
             self._transition = step, "; ".join(changes)
-            self._loss_before = self._last_loss
+            self._losses_before = self._last_losses
         if step % self.check_ranks_every == 0:
             decisions = (step, [(method.title, method.decision()) for method in coordinator.methods])
             require_equal_on_ranks(trainer, digest_of(decisions), "what their methods have decided")
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Remember the losses of this step."""
-        self._losses.append(loss.detach())
+        """Remember the losses of this step, one a micro-batch."""
+        self._losses.append(_as_computed(trainer, loss.detach()))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Look at losses and gradients in the steps after a transition.
@@ -129,7 +129,7 @@ class TrainingGuard(L.Callback):
         if not self._is_watching:
             return
         losses = [loss for loss in self._losses if not loss.isfinite().all()]
-        gradients = [] if _is_scaled(trainer) else _non_finite(pl_module)
+        gradients = [] if _scaler(trainer) is not None else _non_finite(pl_module)
         # All ranks ask, each step of these: what is found on one of them stops all.
         if trainer.strategy.reduce_boolean_decision(not losses and not gradients, all=True):
             return
@@ -143,7 +143,7 @@ class TrainingGuard(L.Callback):
         if step == self._step:
             return
         if self._losses:
-            self._last_loss = self._losses[-1]
+            self._last_losses = self._losses
         if self.roll_back and coordinator_of(trainer).transitions(step):
             folder = self.folder or trainer.log_dir or trainer.default_root_dir
             path = trainer.strategy.broadcast(local_path(folder)) / CHECKPOINT_NAME
@@ -181,9 +181,10 @@ class TrainingGuard(L.Callback):
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         rates = ", ".join(f"{rate:.3g}" for rate in sorted({float(group["lr"]) for group in groups}))
         before = ""
-        if self._loss_before is not None:
-            before = f" Right before the transition the loss was {self._loss_before.item():.4g}"
-            is_new = bool(self._loss_before.isfinite())
+        if self._losses_before:
+            loss = torch.stack([each.float().mean() for each in self._losses_before]).mean()
+            before = f" Right before the transition the loss was {loss.item():.4g}"
+            is_new = bool(loss.isfinite())
             before += "." if is_new else ": it is not what has caused this; look for the cause in earlier steps."
         saved = ""
         if self._saved is not None:
@@ -196,8 +197,17 @@ class TrainingGuard(L.Callback):
         )
 
 
-def _is_scaled(trainer: L.Trainer) -> bool:
-    return getattr(trainer.precision_plugin, "scaler", None) is not None
+def _scaler(trainer: L.Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _as_computed(trainer: L.Trainer, loss: Tensor) -> Tensor:
+    """Undo what Lightning does to a loss before its backward: divided by the micro-batches, and scaled for fp16."""
+    if (scaler := _scaler(trainer)) is not None:
+        # The scale stays on the device: get_scale would wait for it, each micro-batch.
+        loss = loss / scaler.scale(torch.ones((), device=loss.device))
+    # In manual optimization Lightning divides nothing, and this is 1.
+    return loss * trainer.accumulate_grad_batches
 
 
 def _non_finite(module: torch.nn.Module) -> list[str]:

@@ -10,6 +10,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 
 from lit_accel import (
     Composition,
@@ -85,6 +86,35 @@ def test_is_left_alone_long_after(tmp_path, step, num_steps):
     module = Spoiled(step)
     fit(tmp_path, module, cycle(), TrainingGuard(num_steps=num_steps))
     assert math.isnan(module.losses[-1])
+
+
+class Manual(Spoiled):
+    """Does by itself what Lightning does for others, and returns nothing."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_micro_batches", "is_scaled"),
+    [(Spoiled, 2, False), (Spoiled, 1, True), (Spoiled, 2, True), (Manual, 1, True)],
+)
+def test_says_the_loss_that_the_module_computed(tmp_path, kind, num_micro_batches, is_scaled):
+    """Lightning divides it among micro-batches and scales it for fp16, before any callback sees it."""
+    module = kind(DOWN)
+    plugins = [MixedPrecision("16-mixed", "cpu")] if is_scaled else []
+    options = {"accumulate_grad_batches": num_micro_batches, "plugins": plugins, "max_epochs": -1, "strategy": "auto"}
+    with pytest.raises(NonFiniteError) as caught:
+        fit(tmp_path, module, ProgressiveLayerDropping(), Composition(dense_warmup=DOWN), **options)
+    losses = module.losses[(DOWN - 1) * num_micro_batches : DOWN * num_micro_batches]
+    assert f"Right before the transition the loss was {sum(losses) / len(losses):.4g}." in str(caught.value)
 
 
 def test_does_not_blame_a_transition_for_what_was_there_before(tmp_path):
@@ -204,15 +234,12 @@ def test_the_users_own_is_kept_in_its_place(tmp_path):
 def test_a_gradient_scaler_may_overflow(tmp_path):
     """It skips such a step by itself; a loss that is not finite is another matter."""
 
-    class Scaled(L.Callback):
-        """As fp16 on a GPU has one."""
+    def scaled() -> dict[str, list[MixedPrecision]]:
+        return {"plugins": [MixedPrecision("16-mixed", "cpu")]}
 
-        def on_train_start(self, trainer, pl_module):
-            trainer.precision_plugin.scaler = object()
-
-    fit(tmp_path, Spoiled(UP + 1, math.inf, in_gradient=True), cycle(), Scaled(), TrainingGuard(num_steps=2))
+    fit(tmp_path, Spoiled(UP + 1, math.inf, in_gradient=True), cycle(), TrainingGuard(num_steps=2), **scaled())
     with pytest.raises(NonFiniteError, match="the loss is inf, after"):
-        fit(tmp_path, Spoiled(DOWN + 1, math.inf), cycle(), Scaled())
+        fit(tmp_path, Spoiled(DOWN + 1, math.inf), cycle(), **scaled())
 
 
 def test_warns_where_accumulated_gradients_are_lost(tmp_path):
