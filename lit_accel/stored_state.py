@@ -76,7 +76,10 @@ def compare_rules(
 
 
 # What configure_optimizers chose and a checkpoint replaces; not the learning rate, which is one of the present step.
-_CHOSEN = ("initial_lr", "weight_decay", "betas", "eps", "momentum", "nesterov", "amsgrad")
+_CHOSEN = (
+    *("initial_lr", "weight_decay", "betas", "eps", "momentum", "nesterov", "amsgrad"),
+    *("base_momentum", "max_momentum"),
+)
 
 
 def chosen_options(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
@@ -85,11 +88,17 @@ def chosen_options(optimizers: Iterable[Optimizer]) -> list[dict[str, Any]]:
     Args:
         optimizers: The optimizers.
     """
-    return [
-        {name: group[name] for name in _CHOSEN if name in group}
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-    ]
+    return [_chosen(group) for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def _chosen(group: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = {name: group[name] for name in _CHOSEN if name in group}
+    # OneCycleLR and CyclicLR set the momentum, or the first beta, at each step; they were given its two ends.
+    if "base_momentum" in group:
+        chosen.pop("momentum", None)
+        if "betas" in chosen:
+            chosen["betas[1]"] = chosen.pop("betas")[1]
+    return chosen
 
 
 def say_what_is_ignored(given: Sequence[Mapping[str, Any]], restored: Sequence[Mapping[str, Any]]) -> None:

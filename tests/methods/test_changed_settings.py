@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from lit_accel import (
     Composition,
@@ -182,6 +184,37 @@ def test_settings_of_the_optimizer_that_are_ignored_are_said(tmp_path):
         warnings.simplefilter("always")
         fit(0.01, 0.1, STEPS, tmp_path / "end.ckpt")
     assert not any("are ignored" in str(each.message) for each in caught)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)], ids=["betas", "sgd"])
+@pytest.mark.parametrize("scheduler", ["one cycle", "cyclic"])
+def test_a_momentum_that_a_schedule_moves_is_no_setting(tmp_path, optimizer, scheduler):
+    """It is one of the present step, as the learning rate is; its two ends are settings."""
+
+    class Module(TinyModule):
+        def __init__(self, base_momentum: float) -> None:
+            super().__init__()
+            self.base_momentum = base_momentum
+
+        def configure_optimizers(self):
+            made = optimizer(self.parameters(), lr=0.01)
+            schedule = {
+                "one cycle": partial(OneCycleLR, made, 0.01, total_steps=STEPS + 1),
+                "cyclic": partial(CyclicLR, made, 0.001, 0.01, step_size_up=STEPS),
+            }[scheduler](base_momentum=self.base_momentum, max_momentum=0.95)
+            return [made], [{"scheduler": schedule, "interval": "step"}]
+
+    def fit(base_momentum: float, num_steps: int, resume: Path | None = None) -> tuple[L.Trainer, list[str]]:
+        trainer = make_trainer(tmp_path, callbacks=[ProgressiveLayerDropping()], strategy="auto", max_steps=num_steps)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(Module(base_momentum), loader(num_samples=8 * STOPPED), ckpt_path=resume)
+        return trainer, [str(each.message) for each in caught if "are ignored" in str(each.message)]
+
+    fit(0.85, STOPPED)[0].save_checkpoint(tmp_path / "end.ckpt")
+    assert fit(0.85, STEPS, tmp_path / "end.ckpt")[1] == []
+    (words,) = fit(0.8, STEPS, tmp_path / "end.ckpt")[1]
+    assert "own: base_momentum 0.8 (the checkpoint has 0.85). To" in words
 
 
 def test_a_small_model_without_what_would_grow_it_is_refused(tmp_path, stopped):
