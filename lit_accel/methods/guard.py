@@ -156,7 +156,8 @@ class TrainingGuard(L.Callback):
             return
         if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
             return
-        checkpoint = torch.load(self._saved, map_location="cpu", weights_only=True)
+        # This process wrote it, with whatever hyper-parameters the module has.
+        checkpoint = torch.load(self._saved, map_location="cpu", weights_only=False)
         device = pl_module.device
         rebuild_recorded_size(pl_module, checkpoint)
         pl_module.load_state_dict(checkpoint["state_dict"])

@@ -177,6 +177,21 @@ def test_rolls_back(tmp_path, step):
         assert torch.equal(ours, theirs)
 
 
+def test_rolls_back_whatever_the_hyper_parameters_are(tmp_path):
+    """A path among them, for one, is nothing that torch loads as a mere weight."""
+
+    class Configured(Spoiled):
+        def __init__(self, step: int, data: Path) -> None:
+            super().__init__(step)
+            self.save_hyperparameters()
+
+    module = Configured(DOWN, data=tmp_path)
+    size = sum(parameter.numel() for parameter in module.net.parameters())
+    with pytest.raises(NonFiniteError):
+        fit(tmp_path, module, cycle(), TrainingGuard(roll_back=True))
+    assert sum(parameter.numel() for parameter in module.net.parameters()) == size
+
+
 @pytest.mark.parametrize("given", ["~/kept", "file://{}/kept"])
 def test_rolls_back_from_the_home_folder(tmp_path, monkeypatch, given):
     """The folder is the one that Lightning would mean."""
