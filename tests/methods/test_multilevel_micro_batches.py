@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 
+import lightning.pytorch as L
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_accel import ComputeLedger, Level, MultiLevelTraining, Phase
@@ -31,13 +33,21 @@ class Calls(TinyModule):
         return {"loss": loss, "note": "of the user"}
 
 
-def fit(tmp_path, merge, *, accumulate=4, num_samples=256, callbacks=(), **kwargs):
-    module = Calls(dtype=torch.float64, scheduler="linear")
+class EachStepHasAGradient(L.Callback):
+    """Looks at the gradients of every optimizer step."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        assert all(parameter.grad is not None for parameter in pl_module.parameters())
+
+
+def fit(tmp_path, merge, *, accumulate=4, num_samples=256, callbacks=(), resume=None, kind=Calls, **kwargs):
+    module = kind(dtype=torch.float64, scheduler="linear")
     method = MultiLevelTraining([Level(merge_batches=merge)], PHASES)
     trainer = make_trainer(
         tmp_path, callbacks=[method, *callbacks], accumulate_grad_batches=accumulate, max_steps=9, **kwargs
     )
-    trainer.fit(module, loader(batch_size=4, num_samples=num_samples))
+    data = loader(batch_size=4, num_samples=num_samples)
+    trainer.fit(module, data, loader(num_samples=8), ckpt_path=resume)
     assert "training_step" not in vars(trainer.strategy)
     return module, trainer
 
@@ -49,6 +59,31 @@ def test_merging_changes_no_optimizer_step(tmp_path, merge, data):
     plain, _ = fit(tmp_path, 1, **data)
     merged, _ = fit(tmp_path, merge, **data)
     assert merged.rates == plain.rates
+    for (name, actual), expected in zip(merged.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+# In the middle of a window of the small level, after one or two of its four micro-batches.
+@pytest.mark.parametrize(("merge", "stopped_after"), [(2, 13), (4, 13), (4, 14)])
+def test_merging_changes_no_optimizer_step_after_a_resume_in_mid_window(tmp_path, merge, stopped_after):
+    save = ModelCheckpoint(tmp_path, filename="{step}", monitor="val/loss", save_top_k=-1)
+    fit(tmp_path, merge, callbacks=[save], val_check_interval=stopped_after, enable_checkpointing=True)
+    resumed = {"resume": tmp_path / "step=3.ckpt", "callbacks": [EachStepHasAGradient()]}
+    plain, _ = fit(tmp_path, 1, **resumed)
+    merged, _ = fit(tmp_path, merge, **resumed)
+    assert merged.rates == plain.rates
+    assert len(merged.calls) < len(plain.calls)
+    for (name, actual), expected in zip(merged.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_an_epoch_that_is_broken_off_in_mid_window_leaves_nothing_for_the_next(tmp_path):
+    class BreaksOff(Calls):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 14 and self.trainer.current_epoch == 0 else None
+
+    plain, _ = fit(tmp_path, 1, kind=BreaksOff)
+    merged, _ = fit(tmp_path, 4, kind=BreaksOff)
     for (name, actual), expected in zip(merged.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, msg=name)
 

@@ -42,10 +42,16 @@ class MicroBatchMerger:
     def _run(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         # A callback may have changed the accumulation: a window must hold whole groups.
         num_merged = math.gcd(self.num_merged, self._trainer.accumulate_grad_batches)
+        # The place in the epoch decides, by which Lightning steps too. A count of what waits would begin at 0 after a
+        # resume in the middle of a window, and stay shifted against the windows.
+        position = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if (position - 1) % num_merged == 0:
+            # An epoch that was broken off in the middle of a window leaves what Lightning does not step with either.
+            self._waiting.clear()
         if num_merged == 1:
             return self._training_step(batch, *args, **kwargs)
         self._waiting.append(batch)
-        if len(self._waiting) < num_merged and not self._is_last_of_epoch():
+        if position % num_merged and not self._is_last_of_epoch(position):
             # Lightning forbids to skip a batch on several processes; a constant has a gradient that nobody holds.
             return torch.zeros((), device=self._trainer.strategy.root_device, requires_grad=True)
         waiting, self._waiting = self._waiting, []
@@ -55,10 +61,9 @@ class MicroBatchMerger:
             return {**output, "loss": output["loss"] * len(waiting)}
         return None if output is None else output * len(waiting)
 
-    def _is_last_of_epoch(self) -> bool:
+    def _is_last_of_epoch(self, position: int) -> bool:
         """Whether Lightning steps after this batch, however short the window is."""
-        num_fetched = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return self._trainer.is_last_batch or num_fetched == self._trainer.num_training_batches
+        return self._trainer.is_last_batch or position == self._trainer.num_training_batches
 
 
 def merge_batches(batches: list[Any]) -> Any:
