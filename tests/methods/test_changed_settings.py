@@ -32,6 +32,10 @@ from tests.training import TinyModule, loader, make_trainer
 STEPS, STOPPED = 12, 6
 METHODS: dict[str, tuple[type[L.Callback], dict[str, Any]]] = {
     "cycle": (MultiLevelTraining, {"phases": [Phase(0, 2), Phase(1, 6), Phase(0)]}),
+    "ramps": (
+        MultiLevelTraining,
+        {"phases": [Phase(0, 2), Phase(1, 6), Phase(0)], "learning_rate": "rewarm", "num_rewarm_steps": 3},
+    ),
     "pld": (ProgressiveLayerDropping, {}),
     "sbld": (SensitivityLayerDropping, {"max_overhead": 1.0, "warmup": 2, "measure_every": 2, "kept": 0.9}),
     "ltd": (RandomLTD, {"start_tokens": 4, "quantum": 1}),
@@ -44,6 +48,12 @@ MAY: list[tuple[str, dict[str, Any], str]] = [
     ("cycle", {"optimizer_state": "reset"}, "multi-level training: optimizer_state project (now reset)"),
     ("cycle", {"learning_rate": "rewarm"}, "multi-level training: learning_rate continue (now rewarm)"),
     ("cycle", {"phases": [Phase(0, 2), Phase(1, 7), Phase(0)]}, "multi-level training: phases [[0, 0, 2], "),
+    (
+        "cycle",
+        {"phases": [Phase(0, 2), Phase(1, 6, lr_scale=4.0), Phase(0)]},
+        "multi-level training: lr_scale [1.0, 1.0, 1.0] (now [1.0, 4.0, 1.0]). ",
+    ),
+    ("ramps", {"num_rewarm_steps": 5}, "multi-level training: num_rewarm_steps 3 (now 5). "),
     ("pld", {"theta": 0.8}, "layer dropping: theta 0.5 (now 0.8)"),
     ("pld", {"seed": 3}, "layer dropping: seed 0 (now 3)"),
     ("pld", {"pinned": [1]}, "layer dropping: pinned [] (now [1])"),

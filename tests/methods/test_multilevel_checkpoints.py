@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import lightning.pytorch as L
 import pytest
@@ -141,6 +142,58 @@ def test_other_rules_than_before_are_warned_about(tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES, alpha=0.5)], max_epochs=12)
     with pytest.warns(UserWarning, match="other rules of multi-level training: coarse 1.0 "):
         trainer.fit(TinyModule(), loader(num_samples=8), ckpt_path=tmp_path / "small.ckpt")
+
+
+SCALED = [Phase(0, 3), Phase(1, 6, lr_scale=4.0), Phase(0)]
+
+
+@pytest.mark.parametrize(
+    ("before", "scheduler"),
+    [
+        ({"phases": SCALED}, "linear"),
+        ({"phases": SCALED}, None),
+        ({"phases": PHASES, "learning_rate": "rewarm", "num_rewarm_steps": 8}, "onecycle"),
+        ({"phases": PHASES, "learning_rate": "paper"}, None),
+    ],
+    ids=["lr_scale", "lr_scale-no-scheduler", "rewarm", "paper"],
+)
+def test_a_factor_goes_with_the_rule_that_it_is_of(tmp_path, before, scheduler):
+    """Resumed without the rule, the run has the rates of one that never had it."""
+
+    def run(settings, checkpoint=None, steps=12):
+        module, callbacks = TinyModule(scheduler=scheduler), [MultiLevelTraining(**settings), StopAt(steps)]
+        trainer = make_trainer(tmp_path, callbacks=callbacks, max_epochs=12)
+        trainer.fit(module, loader(num_samples=8), ckpt_path=checkpoint)
+        return module, trainer
+
+    without = {"phases": PHASES, "learning_rate": "continue"}
+    never, _ = run(without)
+    changed, trainer = run(before, steps=5)
+    assert changed.rates != never.rates[:5]
+    trainer.save_checkpoint(tmp_path / "changed.ckpt")
+    resumed, trainer = run(without, tmp_path / "changed.ckpt")
+    assert resumed.rates == pytest.approx(never.rates[5:], rel=1e-12)
+    assert all("scheduled_lr" not in group for group in trainer.optimizers[0].param_groups)
+
+
+def test_a_checkpoint_from_before_the_rules_of_the_learning_rate_were_in_it(tmp_path):
+    def run(steps, checkpoint=None):
+        method = MultiLevelTraining(phases=SCALED, learning_rate="rewarm", num_rewarm_steps=8)
+        module, trainer = TinyModule(), make_trainer(tmp_path, callbacks=[method, StopAt(steps)], max_epochs=12)
+        trainer.fit(module, loader(num_samples=8), ckpt_path=checkpoint)
+        return module, trainer
+
+    _, trainer = run(6)
+    trainer.save_checkpoint(tmp_path / "new.ckpt")
+    checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    for name in ("lr_scale", "num_rewarm_steps"):
+        del checkpoint["callbacks"]["MultiLevelTraining"]["rules"][name]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed, _ = run(12, tmp_path / "old.ckpt")
+    assert not [each for each in caught if "other rules of" in str(each.message)]
+    assert resumed.rates == run(12)[0].rates[6:]
 
 
 def test_phases_among_hyper_parameters_can_be_read_back(tmp_path):

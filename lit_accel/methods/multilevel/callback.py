@@ -19,7 +19,7 @@ from lit_accel.anatomy import (
 from lit_accel.arguments import is_number, require_one_of, require_whole
 from lit_accel.methods.coordinator import coordinator_of
 from lit_accel.methods.multilevel.arguments import as_parts
-from lit_accel.methods.multilevel.learning_rate import LearningRateFactor
+from lit_accel.methods.multilevel.learning_rate import LearningRateFactor, restore_scheduled_lr
 from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, LevelMap, WidthGrouping, grown_size
 from lit_accel.methods.multilevel.micro_batches import MicroBatchMerger
 from lit_accel.methods.multilevel.moments import OptimizerStatePolicy
@@ -257,6 +257,9 @@ class MultiLevelTraining(PlannedLevels):
             self._merger.num_merged = self._num_merged
         if self._changes_lr:
             self._lr = LearningRateFactor(trainer, pl_module)
+        else:
+            # A checkpoint brings the factor that it was trained with, which nobody would take out again.
+            restore_scheduled_lr(trainer.optimizers)
         self._apply_lr(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -402,12 +405,16 @@ class MultiLevelTraining(PlannedLevels):
         return [[phase.level, phase.start, phase.end] for phase in self.schedule]
 
     def _rules(self) -> dict[str, Any]:
-        return {
+        rules = {
             "coarse": self.interpolation.coarse,
             "fine": self.interpolation.fine,
             "optimizer_state": self.optimizer_state,
             "learning_rate": self.learning_rate,
+            # Beside the phases, not in them: older checkpoints, which lack it, still compare equal.
+            "lr_scale": [phase.lr_scale for phase in self.schedule],
         }
+        # Of another policy it says nothing, and would only be in the way of the message that the policy has changed.
+        return {**rules, "num_rewarm_steps": self.num_rewarm_steps} if self.learning_rate == "rewarm" else rules
 
     def _map_settings(self) -> dict[str, Any]:
         return {

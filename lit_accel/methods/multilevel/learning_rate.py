@@ -59,7 +59,7 @@ def apply_lr_factor(optimizers: Iterable[Optimizer], factor: float) -> None:
 
 
 def restore_scheduled_lr(optimizers: Iterable[Optimizer]) -> None:
-    """Put the scheduled learning rates back, for a scheduler that is about to step.
+    """Put the scheduled learning rates back, for a scheduler that is about to step or a run without a factor.
 
     Args:
         optimizers: The optimizers in use.
