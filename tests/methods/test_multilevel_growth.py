@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_accel import ComputeLedger, Level, MultiLevelMixin, MultiLevelTraining, Phase
@@ -13,6 +15,7 @@ from lit_accel.anatomy import AnatomyError, anatomy_of
 from lit_accel.compute import read_ledger
 from lit_accel.methods.multilevel import coalesce, level_map
 from lit_accel.methods.multilevel.maps import grown_size
+from lit_accel.methods.multilevel.phases import lr_factor, resolve_phases
 from tests.models import ALL_MODELS, make_model
 from tests.training import TinyModule, loader, make_trainer
 
@@ -45,6 +48,39 @@ def test_by_default_it_grows_at_once(tmp_path):
     fit(tmp_path, module, MultiLevelTraining(start_level=1))
     assert len(set(module.sizes)) == 1
     assert module.net.config.n_layer == 4
+
+
+@pytest.mark.parametrize(
+    ("learning_rate", "phases", "expected"),
+    [
+        ("rewarm", None, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("rewarm", [Phase(0, 2), Phase(0)], [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        # As in the last phase of a cycle: what has been trained needs no warm-up.
+        ("paper", None, [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+    ],
+    ids=["rewarm", "rewarm-two-phases", "paper"],
+)
+def test_growth_at_the_first_step_is_a_transition_for_the_learning_rate(tmp_path, learning_rate, phases, expected):
+    module = small_module(lr=1.0, optimizer=torch.optim.SGD)
+    length = {"num_rewarm_steps": 4} if learning_rate == "rewarm" else {}
+    fit(tmp_path, module, MultiLevelTraining(phases=phases, start_level=1, learning_rate=learning_rate, **length))
+    assert module.rates == pytest.approx(expected)
+
+
+@given(
+    start_level=st.integers(1, 2),
+    levels=st.lists(st.integers(0, 2), min_size=1, max_size=4),
+    policy=st.sampled_from(["rewarm", "paper"]),
+)
+def test_growing_at_once_is_growing_later_but_for_the_phase_before(start_level, levels, policy):
+    """A run that is given a trained model has the rates that one has which trained it itself."""
+    assume(levels[0] != start_level)
+    phases = [*(Phase(level, 3) for level in levels), Phase(0)]
+    given_it = resolve_phases(phases, 3, 20)
+    trained_it = resolve_phases([Phase(start_level, 5), *phases], 3, 25)
+    for step in range(20):
+        actual = lr_factor(given_it, step, policy, 4, start_level)
+        assert actual == lr_factor(trained_it, step + 5, policy, 4, start_level)
 
 
 def test_two_levels_up(tmp_path):

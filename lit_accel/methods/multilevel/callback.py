@@ -79,8 +79,9 @@ class MultiLevelTraining(PlannedLevels):
         depth_grouping: ``adjacent`` (the paper's) or ``stack``.
         optimizer_state: What becomes of Adam's moments: ``reset``, ``project`` or ``second_moment``.
         learning_rate: ``continue``: the run's schedule goes on. ``rewarm``: besides, a ramp after each
-            transition. ``paper``: a ramp in the first phase, a decay to zero in every later one; needs a module
-            without a scheduler. Each phase's ``lr_scale`` multiplies it.
+            transition. ``paper``: a ramp in the first phase, a decay to zero in every later one, and in the first
+            where ``start_level`` is above 0 and it begins with growth; needs a module without a scheduler. Each
+            phase's ``lr_scale`` multiplies it.
         num_rewarm_steps: Length of the ramp of ``rewarm``, in optimizer steps; default is 100.
         start_level: The level of the model that the module comes with. Above 0 the run grows a small, trained model
             into one that never existed: by default at its first step, later if ``phases`` say so. The arguments above
@@ -387,7 +388,8 @@ class MultiLevelTraining(PlannedLevels):
 
     def _apply_lr(self, trainer: L.Trainer) -> None:
         if self._lr is not None:
-            self._lr.apply(lr_factor(self.schedule, trainer.global_step, self.learning_rate, self.num_rewarm_steps))
+            step, policy = trainer.global_step, self.learning_rate
+            self._lr.apply(lr_factor(self.schedule, step, policy, self.num_rewarm_steps, self.start_level))
 
     # Checkpoints
 

@@ -165,7 +165,9 @@ def phase_at(phases: Sequence[ResolvedPhase], step: int) -> int:
     return len(phases) - 1
 
 
-def lr_factor(phases: Sequence[ResolvedPhase], step: int, policy: LearningRatePolicy, num_rewarm_steps: int) -> float:
+def lr_factor(
+    phases: Sequence[ResolvedPhase], step: int, policy: LearningRatePolicy, num_rewarm_steps: int, start_level: int = 0
+) -> float:
     """Return what the learning rate is multiplied by at an optimizer step.
 
     Args:
@@ -173,18 +175,23 @@ def lr_factor(phases: Sequence[ResolvedPhase], step: int, policy: LearningRatePo
         step: Optimizer steps done so far.
         policy: ``continue``: the phase's ``lr_scale`` alone. ``rewarm``: besides, a linear ramp over the first
             steps after each transition. ``paper``: each phase has its own schedule: the first ramps up linearly
-            over its whole length, every later one decays linearly from its peak to zero.
+            over its whole length, every later one decays linearly from its peak to zero, and so does the first of a
+            run that is given a small model and changes its size at once.
         num_rewarm_steps: Length of the ramp of ``rewarm``.
+        start_level: The level of the model that the module comes with. A first phase at another follows a transition.
     """
     index = phase_at(phases, step)
     phase = phases[index]
     done = step - phase.start
+    changes_at_once = phases[0].level != start_level
     if policy == "paper":
         length = phase.end - phase.start
-        return phase.lr_scale * ((done + 1) / length if index == 0 else max(0.0, 1 - done / length))
+        # The published first stage ramps. A run that grows a given model at once begins with a later stage.
+        ramps = index == 0 and not (changes_at_once and start_level > 0)
+        return phase.lr_scale * ((done + 1) / length if ramps else max(0.0, 1 - done / length))
     if policy == "rewarm":
         while index > 0 and phases[index - 1].level == phase.level:
             index -= 1
-        if index > 0:
+        if index > 0 or changes_at_once:
             return phase.lr_scale * min(1.0, (step - phases[index].start + 1) / num_rewarm_steps)
     return phase.lr_scale
