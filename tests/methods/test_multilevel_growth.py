@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_accel import ComputeLedger, Level, MultiLevelMixin, MultiLevelTraining, Phase
 from lit_accel.anatomy import AnatomyError, anatomy_of
@@ -16,6 +17,7 @@ from lit_accel.compute import read_ledger
 from lit_accel.methods.multilevel import coalesce, level_map
 from lit_accel.methods.multilevel.maps import grown_size
 from lit_accel.methods.multilevel.phases import lr_factor, resolve_phases
+from lit_accel.strategies import ResizableDDPStrategy
 from tests.models import ALL_MODELS, make_model
 from tests.training import TinyModule, loader, make_trainer
 
@@ -189,6 +191,21 @@ def test_the_size_that_a_model_is_a_level_of(name):
     full = grown_size(anatomy, [(2, 2), (3, 1)])
     assert anatomy.at(full).reduced(2, 2) == grown_size(anatomy, [(3, 1)])
     assert anatomy.at(grown_size(anatomy, [(3, 1)])).reduced(3, 1) == anatomy.size
+
+
+def set_up(tmp_path, method, start_method):
+    strategy = ResizableDDPStrategy(start_method=start_method)
+    trainer = make_trainer(tmp_path, callbacks=[method], strategy=strategy, max_steps=8, max_epochs=-1)
+    trainer.strategy.connect(small_module())
+    method.setup(trainer, trainer.lightning_module, "fit")
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+def test_the_main_process_must_be_able_to_take_the_last_model_over(tmp_path, start_method):
+    with pytest.raises(MisconfigurationException, match=r'level 1 that it was given.* Use start_method="popen"'):
+        set_up(tmp_path, MultiLevelTraining(start_level=1), start_method)
+    with pytest.warns(UserWarning, match="last phase is at level 1"):
+        set_up(tmp_path, MultiLevelTraining(start_level=1, phases=[Phase(0, 4), Phase(1)]), start_method)
 
 
 def test_bad_input(tmp_path):

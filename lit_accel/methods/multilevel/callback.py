@@ -168,6 +168,7 @@ class MultiLevelTraining(PlannedLevels):
         self.maps: list[LevelMap] = []
         self._path = ""
         self._level = 0
+        self._given_level = 0
         self._loaded_rules: dict[str, Any] = {}
         self._start_size: Size | None = None
         self._stored = StoredLevels(self.interpolation, self.optimizer_state, 0.02 if fresh_std is None else fresh_std)
@@ -190,6 +191,8 @@ class MultiLevelTraining(PlannedLevels):
         check_trainer(trainer, pl_module, changes_lr=self._changes_lr)
         check_merging(trainer, pl_module, [level.merge_batches for level in self.levels])
         transformer = find_transformer(pl_module)[1]
+        # Before a checkpoint is loaded, which is in the workers only.
+        self._given_level = self.level_of(anatomy_of(transformer).size)
         check_model(pl_module, self._path, transformer, anatomy_of(transformer), self.maps)
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
@@ -219,7 +222,7 @@ class MultiLevelTraining(PlannedLevels):
             self.schedule = rehearse_phases(self.phases, num_levels, int(num_steps))
             return
         self.schedule = resolve_phases(self.phases, num_levels, int(num_steps))
-        check_end(trainer, self.schedule[-1].level)
+        check_end(trainer, self.schedule[-1].level, self._given_level)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check what exists only now: the optimizers and their schedulers, and data that the module has made."""

@@ -136,26 +136,28 @@ def check_merging(trainer: L.Trainer, pl_module: L.LightningModule, numbers: lis
             )
 
 
-def check_end(trainer: L.Trainer, last_level: int) -> None:
+def check_end(trainer: L.Trainer, last_level: int, given_level: int) -> None:
     """Check that a run may end at a level; warn if that is a small one.
 
     Args:
         trainer: The Trainer.
         last_level: The level of the last phase.
+        given_level: The level of the model that the module came with, which is what the main process keeps.
 
     Raises:
-        MisconfigurationException: If the main process could not take the small model over.
+        MisconfigurationException: If the main process could not take the last model over.
     """
-    if last_level == 0:
-        return
     start_method = getattr(trainer.strategy, "_start_method", "popen")
-    if start_method != "popen":
+    if start_method != "popen" and last_level != given_level:
+        # What was given small is there to grow.
+        end = "Use" if given_level else "End with a phase at level 0, or use"
         raise MisconfigurationException(
             f"The last phase is at level {last_level}, and processes are started by {start_method!r}: the main process "
-            "keeps the full model and could not load the small one that its workers end with. End with a phase "
-            'at level 0, or use start_method="popen".'
+            f"keeps the model of level {given_level} that it was given, and could not load the one that its workers "
+            f'end with. {end} start_method="popen".'
         )
-    rank_zero_warn(f"The last phase is at level {last_level}: the run will end with a smaller model than it began.")
+    if last_level != 0:
+        rank_zero_warn(f"The last phase is at level {last_level}: the run will end with a smaller model than it began.")
 
 
 def check_optimizers(
