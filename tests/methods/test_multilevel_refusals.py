@@ -245,6 +245,27 @@ def test_learning_rates_of_phases_need_automatic_optimization(tmp_path):
         fit(tmp_path, MultiLevelTraining(learning_rate="rewarm"), module=module)
 
 
+class Manual(TinyModule):
+    """Steps itself, after every second batch: half as many steps as an epoch has batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        if batch_idx % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("length", [{"max_steps": -1}, {"max_steps": 10}])
+def test_manual_steps_are_not_counted_in_epochs(tmp_path, length):
+    with pytest.raises(MisconfigurationException, match=r"manual optimization .*max_steps and max_epochs=-1"):
+        fit(tmp_path, MultiLevelTraining(), module=Manual(), max_epochs=1, **length)
+
+
 def test_an_ignored_ramp_is_warned_about():
     with pytest.warns(UserWarning, match="num_rewarm_steps is ignored"):
         MultiLevelTraining(num_rewarm_steps=5)

@@ -37,7 +37,14 @@ from lit_accel.methods.multilevel.phases import (
 )
 from lit_accel.methods.multilevel.planned import PlannedLevels
 from lit_accel.methods.multilevel.presets import PRESETS, PresetName, override_interpolation
-from lit_accel.methods.multilevel.refusals import check_end, check_merging, check_model, check_optimizers, check_trainer
+from lit_accel.methods.multilevel.refusals import (
+    check_end,
+    check_length,
+    check_merging,
+    check_model,
+    check_optimizers,
+    check_trainer,
+)
 from lit_accel.methods.multilevel.stored import StoredLevels
 from lit_accel.methods.preparation import prepare_run
 from lit_accel.methods.requirements import check_rules
@@ -221,6 +228,8 @@ class MultiLevelTraining(PlannedLevels):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.schedule = rehearse_phases(self.phases, num_levels, int(num_steps))
             return
+        if not self.is_neutral:
+            check_length(trainer, pl_module)
         self.schedule = resolve_phases(self.phases, num_levels, int(num_steps))
         check_end(trainer, self.schedule[-1].level, self._given_level)
 

@@ -136,6 +136,24 @@ def check_merging(trainer: L.Trainer, pl_module: L.LightningModule, numbers: lis
             )
 
 
+def check_length(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Check that the optimizer steps of the run can be counted before it.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+
+    Raises:
+        MisconfigurationException: If the run has a length in epochs and the module steps when it likes.
+    """
+    if not pl_module.automatic_optimization and trainer.max_epochs != -1:
+        raise MisconfigurationException(
+            "In manual optimization nobody but the module knows which batches make an optimizer step, and the length "
+            "of the run in epochs says nothing of their number: the model could still be small at its end. Give the "
+            "Trainer max_steps and max_epochs=-1."
+        )
+
+
 def check_end(trainer: L.Trainer, last_level: int, given_level: int) -> None:
     """Check that a run may end at a level; warn if that is a small one.
 
