@@ -236,6 +236,23 @@ def test_a_failed_growth_can_be_resumed(tmp_path, monkeypatch):
     assert module.net.config.n_layer == 4
 
 
+def test_growth_out_of_a_checkpoint_needs_a_strategy_too(tmp_path):
+    """Phases that keep the size are for any strategy, but not where a checkpoint has brought a small model."""
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES), StopAt(6)], max_epochs=12)
+    trainer.fit(TinyModule(), loader(num_samples=8))
+    trainer.save_checkpoint(tmp_path / "small.ckpt")
+
+    def grow(strategy):
+        module, method = TinyModule(), MultiLevelTraining(phases=[Phase(0)])
+        trainer = make_trainer(tmp_path, callbacks=[method], strategy=strategy, max_epochs=12)
+        trainer.fit(module, loader(num_samples=8), ckpt_path=tmp_path / "small.ckpt")
+        return module
+
+    with pytest.raises(MisconfigurationException, match=r'SingleDeviceStrategy cannot. .*strategy="resizable"'):
+        grow("auto")
+    assert grow("resizable").net.config.n_layer == 4
+
+
 def test_a_checkpoint_without_record_loads_as_it_is(tmp_path):
     module = OwnHooks()
     trainer = make_trainer(tmp_path, strategy="auto", max_steps=1)

@@ -48,6 +48,7 @@ from lit_accel.methods.multilevel.refusals import (
 from lit_accel.methods.multilevel.stored import StoredLevels
 from lit_accel.methods.preparation import prepare_run
 from lit_accel.methods.requirements import check_rules
+from lit_accel.methods.strategy_checks import check_strategy
 from lit_accel.resizing import (
     OptimizerState,
     ResizableStrategy,
@@ -265,6 +266,9 @@ class MultiLevelTraining(PlannedLevels):
                 "grow back into, are not in the checkpoint. Resume from a checkpoint that MultiLevelTraining wrote "
                 "(not a weights-only one), or load the small model for itself."
             )
+        if self._level != self.schedule[phase_at(self.schedule, trainer.global_step)].level:
+            # Not looked at before, where it was thought that the phases keep the size: a checkpoint has another.
+            check_strategy(trainer, self)
         if any(level.merge_batches > 1 for level in self.levels):
             self._merger = MicroBatchMerger(trainer)
             self._merger.num_merged = self._num_merged
