@@ -72,7 +72,7 @@ def test_indices_are_sorted_unique_in_range_and_begin_with_the_prefix(case):
 @pytest.mark.parametrize("tie", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("num_prefix", [0, 3])
 def test_a_tie_makes_no_duplicate(monkeypatch, tie, num_prefix):
-    monkeypatch.setattr(torch, "rand", lambda *size, generator, device: torch.full(size, tie, device=device))
+    monkeypatch.setattr(torch, "rand", lambda *size, generator, **options: torch.full(size, tie, **options))
     kept_bk = sample(4, 300, 17, num_prefix)
     assert (kept_bk.diff(dim=1) > 0).all()
     assert torch.equal(kept_bk[0, :num_prefix], torch.arange(num_prefix))
@@ -98,6 +98,19 @@ def test_so_is_every_place_of_a_long_sequence():
     drawn = sample(num_draws, num_tokens, 1, seed=2).double()
     sigma = num_tokens / (12 * num_draws) ** 0.5
     assert abs(drawn.mean() - (num_tokens - 1) / 2) < 5 * sigma
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_draw_does_not_depend_on_the_default_dtype(dtype):
+    """Lightning sets it during a training step in 16-true and bf16-true."""
+    expected = sample_tokens(4, 4096, 1024, generator=generator(0))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        drawn = sample_tokens(4, 4096, 1024, generator=generator(0))
+    finally:
+        torch.set_default_dtype(default)
+    assert torch.equal(drawn, expected)
 
 
 def test_a_draw_leaves_the_global_generator_alone():

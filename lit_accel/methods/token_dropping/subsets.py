@@ -27,8 +27,9 @@ def sample_tokens(
     Returns:
         Indices in ascending order, so that causal attention stays causal; shape (b, k), int64.
     """
-    # In float32: sixteen bits would tie so often that the draw is no longer uniform. A tie still makes no duplicate.
-    noise = torch.rand(num_sequences, num_tokens, generator=generator, device=generator.device)
+    # Whatever the default dtype: sixteen bits would tie so often that the draw is no longer uniform. A tie still makes
+    # no duplicate.
+    noise = torch.rand(num_sequences, num_tokens, generator=generator, device=generator.device, dtype=torch.float32)
     noise[:, :num_prefix] = 2.0
     return noise.topk(num_kept, sorted=False).indices.sort().values
 
