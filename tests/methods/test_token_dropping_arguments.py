@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from lit_accel.draws import generator
@@ -176,7 +177,50 @@ def test_numbers_shared_by_the_batch_and_places_in_a_cache(llama):
     assert torch.equal(call.kwargs["cache_position"], torch.arange(K))
 
 
+# Boundaries of packed sequences
+
+
+def packed_in_one(lengths, **longest):
+    boundaries = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries, **longest}
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.data(), st.integers(0, 1000))
+@settings(deadline=None)
+def test_boundaries_are_those_of_the_kept_tokens_of_each_document(llama, lengths, data, seed):
+    num_tokens = sum(lengths)
+    kept = sample_tokens(1, num_tokens, data.draw(st.integers(1, num_tokens)), generator=generator(seed))
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    expected = document[kept[0]].bincount(minlength=len(lengths))
+    given = packed_in_one(lengths, max_length_q=max(lengths), max_length_k=torch.tensor(max(lengths)))
+    parts = restricted(llama, **given, kept=kept, num_tokens=num_tokens).kwargs
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        assert parts[name].dtype == torch.int32
+        assert parts[name][0] == 0
+        assert torch.equal(parts[name].diff(), expected.int())
+    assert type(parts["max_length_q"]) is int
+    assert parts["max_length_q"] == parts["max_length_k"] == expected.max()
+    assert isinstance(parts["max_length_k"], torch.Tensor)
+
+
+def test_boundaries_that_are_not_given_stay_so(llama):
+    values = {"cu_seq_lens_q": None, "max_length_q": None}
+    assert restricted(llama, **values).kwargs == values
+
+
 # Refusals
+
+
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"])
+def test_boundaries_of_a_batch_that_is_not_packed_into_one_are_refused(llama, name):
+    value = packed_in_one([5, 6], max_length_q=6, max_length_k=6)[name]
+    with pytest.raises(UnroutableArgumentError, match=f"'{name}' .* has 3 of them.*DataCollatorWithFlattening"):
+        restricted(llama, **{name: value})
+
+
+def test_the_longest_of_packed_sequences_is_refused_without_their_boundaries(llama):
+    with pytest.raises(UnroutableArgumentError, match="'max_length_k' is given and 'cu_seq_lens_k' is no tensor"):
+        restricted(llama, max_length_k=6, kept=KEPT[:1])
 
 
 @pytest.mark.parametrize(
@@ -312,6 +356,52 @@ def test_documents_of_a_packed_sequence_do_not_see_each_other(name):
     changed = logits(other, attention_mask=mask)
     assert torch.equal(changed[:, 4:], given[:, 4:])
     assert not torch.equal(changed[:, :4], given[:, :4])
+
+
+@pytest.fixture
+def by_boundaries():
+    """An attention that goes by boundaries alone, as the kernels for packed sequences do; and what it was told."""
+    name, seen = "by_boundaries", []
+
+    def attend(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+        seen.append((query.shape[2], cu_seq_lens_q, max_length_q, mask is None))
+        sizes = cu_seq_lens_q.diff().tolist()
+        parts = zip(*(states.split(sizes, 2) for states in (query, key, value)), strict=True)
+        attention = torch.nn.functional.scaled_dot_product_attention
+        attended = [attention(*part, is_causal=True, scale=scaling, enable_gqa=True) for part in parts]
+        return torch.cat(attended, 2).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+    yield name, seen
+    AttentionInterface._global_mapping.pop(name)
+    AttentionMaskInterface._global_mapping.pop(name)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "qwen2-tied", "qwen3"])
+def test_a_kernel_that_goes_by_boundaries_computes_what_masks_say(name, by_boundaries):
+    """A batch of Hugging Face's collator: lists of numbers, packed into one row."""
+    lengths = (4, 1, 6, 9)
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch = collator([{"input_ids": list(range(3, 3 + length))} for length in lengths])
+    batch.pop("labels")
+    results = []
+    for implementation in (by_boundaries[0], "sdpa"):
+        model = in_training(name)
+        model.set_attn_implementation(implementation)
+        # Without boundaries, masks are made of the positions.
+        given = {name: batch[name] for name in ("input_ids", "position_ids")} if implementation == "sdpa" else batch
+        logits = model(**given, use_cache=False).logits
+        logits.logsumexp(-1).mean().backward()
+        results.append((logits, {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert_gradients_equal(results[0][1], results[1][1])
+    num_tokens, num_kept = sum(lengths), round(0.6 * sum(lengths))
+    assert [num for num, *_ in by_boundaries[1]] == [num_tokens, num_kept, num_kept, num_tokens]
+    for num, boundaries, longest, is_alone in by_boundaries[1]:
+        assert is_alone
+        assert (boundaries[0], boundaries[-1]) == (0, num)
+        assert longest == boundaries.diff().max()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_accel.anatomy import Block
+from lit_accel.methods.token_dropping.packing import BOUNDARIES, LONGEST, boundaries_of_kept, numbers_of_kept
 from lit_accel.routing import BlockCall
 
 
@@ -35,7 +36,8 @@ def restrict(call: BlockCall, block: Block, hidden_states: Tensor, kept_bk: Tens
     Returns:
         The call with each argument restricted along the token axes that the anatomy names. Masks and rotary tables that
         are shared by the batch become one a sequence; what is ``None`` stays so, and causal attention without a mask
-        keeps its fused kernel. Numbers of tokens are given anew, from 0 within each packed sequence.
+        keeps its fused kernel. Numbers of tokens are given anew, from 0 within each packed sequence, and so is where
+        packed sequences begin.
 
     Raises:
         UnroutableArgumentError: If an argument that is not known has as many entries as there are tokens, or a known
@@ -48,15 +50,18 @@ def restrict(call: BlockCall, block: Block, hidden_states: Tensor, kept_bk: Tens
         for position, value in enumerate(call.args)
         if position
     }
-    _require_windowed_mask({**named, **call.kwargs}, block, num_tokens)
+    given = {**named, **call.kwargs}
+    _require_windowed_mask(given, block, num_tokens)
 
     def restricted(name: str, value: Any) -> Any:
         if name == call.input_name:
             return hidden_states
         if name in block.numbering:
-            return None if value is None else _numbers(value, kept_bk)
+            return None if value is None else numbers_of_kept(value, kept_bk)
         if name in block.token_dims:
             return _restrict(name, value, block.token_dims[name], kept_bk, num_tokens)
+        if name in BOUNDARIES or name in LONGEST:
+            return _packed(name, given, kept_bk)
         for tensor in _tensors(value):
             if num_tokens in tensor.shape:
                 raise UnroutableArgumentError(
@@ -142,16 +147,28 @@ def _select(name: str, value: Tensor, dim: int, kept_bk: Tensor) -> Tensor:
     return of_each[batch, kept_bk].movedim(1, dim)
 
 
-def _numbers(numbers: Tensor, kept_bk: Tensor) -> Tensor:
-    """Number the kept tokens of each sequence; a new one begins where the old numbers do not go up by one."""
-    num_kept = kept_bk.shape[1]
-    if numbers.ndim == 1:
-        return torch.arange(num_kept, device=numbers.device, dtype=numbers.dtype)
-    jumps = numbers.diff(prepend=numbers[:, :1] - 1) != 1
-    sequence = jumps.cumsum(1).expand(len(kept_bk), -1).gather(1, kept_bk)
-    position = torch.arange(num_kept, device=kept_bk.device).expand_as(kept_bk)
-    is_first = sequence.diff(prepend=sequence[:, :1] - 1) != 0
-    return (position - torch.where(is_first, position, 0).cummax(1).values).to(numbers.dtype)
+def _packed(name: str, given: dict[str, Any], kept_bk: Tensor) -> Any:
+    """Return where packed sequences begin among the kept tokens, or how long the longest of them is."""
+    value, of = given[name], LONGEST.get(name, name)
+    if value is None:
+        return None
+    if len(kept_bk) > 1:
+        raise UnroutableArgumentError(
+            f"{name!r} says how sequences are packed into one, and this batch has {len(kept_bk)} of them, each with "
+            "kept tokens of its own. Pack all of a batch into one, as DataCollatorWithFlattening does; or leave "
+            f"{', '.join((*BOUNDARIES, *LONGEST))} out and give position_ids."
+        )
+    if not isinstance(given.get(of), Tensor):
+        raise UnroutableArgumentError(
+            f"{name!r} is given and {of!r} is no tensor, so nobody can say how long packed sequences are among the "
+            "kept tokens. Give both, or none of them."
+        )
+    boundaries = boundaries_of_kept(given[of], kept_bk[0])
+    if name in BOUNDARIES:
+        return boundaries
+    longest = boundaries.diff().max()
+    # Kernels want the form that they were given.
+    return longest if isinstance(value, Tensor) else int(longest)
 
 
 def _require_windowed_mask(given: dict[str, Any], block: Block, num_tokens: int) -> None:
