@@ -126,6 +126,13 @@ class BlockRouting:
         """Whether a block is compiled."""
         return any(is_compiled(module) for module in self.modules)
 
+    @property
+    def transformer(self) -> nn.Module:
+        """The transformer; whoever asks has not given it up."""
+        transformer = self._transformer()
+        assert transformer is not None
+        return transformer
+
     def remove(self, handler: Handler) -> None:
         """Take a handler away; with the last one the blocks are as they were."""
         self._handlers = [entry for entry in self._handlers if entry[1] != handler]

@@ -344,8 +344,7 @@ def test_documents_of_a_packed_sequence_do_not_see_each_other(name):
     mask = (causal & (document[:, None] == document[None]))[None, None]
 
     def logits(x, **kwargs):
-        with torch.no_grad():
-            return model(input_ids=x, position_ids=numbers, **kwargs).logits
+        return model(input_ids=x, position_ids=numbers, **kwargs).logits
 
     given = logits(x, attention_mask=mask)
     # Without a mask Hugging Face finds the documents in their positions.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from lit_accel import RandomLTD
 from lit_accel.methods.token_dropping import TokenDropper, TokenSchedule
@@ -34,6 +35,57 @@ def test_two_calls_before_one_backward(second):
     both.backward()
     torch.testing.assert_close(both.detach(), losses[0] + losses[1])
     assert_gradients_equal({name: p.grad for name, p in model.named_parameters()}, expected)
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in ("gpt2-tied", "llama-gqa", "bert-mlm", "vit", "swin")),
+        # By default decoders fill a cache where no block is treated otherwise.
+        *((name, {"use_cache": False}) for name in ("gpt2-tied", "llama-gqa")),
+    ],
+)
+def test_a_call_without_gradients_sees_every_token(name, options, without_gradients):
+    """A teacher, targets or old probabilities by the model that is trained, in training mode."""
+    model = in_training(name, blocks=4)
+    inputs = tokens(model, length=NUM_TOKENS)
+
+    def call():
+        output = model(inputs, **options)
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    dense = call()
+    dropping(model).set(0, (0,))
+    before = call()
+    with without_gradients():
+        between = call()
+    assert torch.equal(between, dense)
+    assert torch.equal(call(), before)
+    assert not torch.equal(before, dense)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpointed_call_of_the_model_is_recomputed_as_it_was(use_reentrant):
+    """Reentrant checkpointing runs it without gradients first, so that it drops nothing."""
+    model = in_training("llama-gqa", blocks=4)
+    embedded = model.get_input_embeddings()(tokens(model, length=NUM_TOKENS)).detach().requires_grad_()
+
+    def loss(embedded):
+        return model(inputs_embeds=embedded, use_cache=False).logits.square().mean()
+
+    def gradients(value):
+        return torch.autograd.grad(value, [embedded])[0]
+
+    dense = gradients(loss(embedded))
+    dropper = dropping(model)
+    dropper.set(0, (0,))
+    dropped = gradients(loss(embedded))
+    dropper.set(0, (0,))
+    embedded.grad = None
+    checkpoint(loss, embedded, use_reentrant=use_reentrant).backward()
+    torch.testing.assert_close(embedded.grad, dense if use_reentrant else dropped)
+    assert not torch.allclose(dense, dropped)
 
 
 def in_double(name: str) -> torch.nn.Module:
@@ -73,8 +125,8 @@ def test_the_second_derivative_is_that_of_finite_differences(name):
         with torch.no_grad():
             for parameter, direction in zip(parameters, way, strict=True):
                 parameter.add_(sign * step * direction)
-            values = forward(model, inputs)
-        sides.append((values, slope()))
+        # Without gradients nothing would be dropped.
+        sides.append((forward(model, inputs).detach(), slope()))
         with torch.no_grad():
             for parameter, direction in zip(parameters, way, strict=True):
                 parameter.sub_(sign * step * direction)

@@ -245,8 +245,8 @@ def visited(dropper, model, x, keys):
     dropper.set(0, keys)
     dropper.is_active = True
     dropper.routing.add(watch, Order.PROBE)
-    with torch.no_grad():
-        model(input_ids=x)
+    # Without gradients nothing would be dropped.
+    model(input_ids=x)
     dropper.routing.remove(watch)
     return torch.stack([changed[index] for index in range(NUM_LAYERS)])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_accel.anatomy import Block
 from lit_accel.draws import generator
 from lit_accel.methods.token_dropping.arguments import restrict
+from lit_accel.methods.token_dropping.calls import ModelCalls, is_recomputing
 from lit_accel.methods.token_dropping.schedule import TokenSchedule
 from lit_accel.methods.token_dropping.subsets import put, sample_tokens, take
 from lit_accel.routing import BlockCall, BlockRouting, Order, Run, hidden_states_of, with_hidden_states
@@ -26,8 +27,8 @@ _SHARED = -1
 class TokenDropper:
     """Has blocks of one transformer run on random tokens while it is active; the others pass a block unchanged.
 
-    Evaluation, generation and calls with a cache are not touched. The same keys give the same tokens however often a
-    block is called, so that activation checkpointing recomputes what was computed.
+    Evaluation, generation, calls without gradients and calls with a cache are not touched. The same keys give the same
+    tokens however often a block is called, so that activation checkpointing recomputes what was computed.
 
     Args:
         routing: The routing of the transformer's blocks.
@@ -63,6 +64,7 @@ class TokenDropper:
         self._draws: dict[tuple[int, ...], Tensor] = {}
         # By the number of tokens that the first block keeps of its input: recomputation may come to an earlier call.
         self._num_before: dict[int, int] = {}
+        self._calls = ModelCalls(routing.transformer)
         routing.add(self._handle, Order.SUBSET, self._is_idle)
 
     def set(self, step: int, keys: Sequence[int]) -> None:
@@ -75,18 +77,27 @@ class TokenDropper:
         self._step, self._keys = step, tuple(keys)
         self._draws.clear()
         self._num_before.clear()
+        self._calls.end()
         self.num_restricted = 0
 
     def close(self) -> None:
         """Leave the model as it was."""
         self.routing.remove(self._handle)
+        self._calls.close()
         self._draws.clear()
 
     def _is_idle(self) -> bool:
-        return not self.is_active or self._schedule.is_over(self._step)
+        return not self.is_active or not torch.is_grad_enabled() or self._schedule.is_over(self._step)
+
+    def _is_dense(self) -> bool:
+        """Whether what calls a block now is to see every token."""
+        if is_recomputing():
+            # What it saw before: a call of the whole model may have been run without gradients first.
+            return self.num_restricted == 0
+        return self._calls.has_gradients is False
 
     def _handle(self, call: BlockCall, run: Run) -> Any:
-        if not self.is_active or call.index not in self._blocks:
+        if not self.is_active or call.index not in self._blocks or self._is_dense():
             return run(call)
         block = self.routing.blocks[call.index]
         if block.windows is not None:
