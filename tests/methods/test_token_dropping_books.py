@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 
 import pytest
+import timm.layers
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_accel import ComputeLedger, ProgressiveLayerDropping, RandomLTD
 from lit_accel.methods.token_dropping import TokenSchedule, callback
+from lit_accel.methods.token_dropping.books import TokenCount
 from tests.methods.test_token_dropping_refusals import refuse
-from tests.methods.test_token_dropping_runs import LTD, Deep, fit
+from tests.methods.test_token_dropping_runs import LTD, Deep, assert_equal, fit
 
 # The same number of tokens in every step.
 CONSTANT = {"start_tokens": 6, "growth": 1000, "quantum": 1}
@@ -51,16 +54,54 @@ def test_recomputed_blocks_are_booked_on_no_other_call(tmp_path, name, recwarn):
 
 
 class Parts(Deep):
-    """Calls the body of its model, and a head of its own."""
+    """Calls the body of its model, and a head of its own; if it is asked to, the model as well."""
 
-    def loss(self, ids):
-        return self.net.transformer(ids).last_hidden_state.square().mean()
+    def __init__(self, *args, beside=False, with_gradients=True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.beside, self.with_gradients = beside, with_gradients
+
+    def loss(self, batch):
+        with torch.set_grad_enabled(self.with_gradients):
+            if self.is_vision:
+                part = self.net.forward_features(batch[0])
+            else:
+                part = getattr(self.net, self.net.base_model_prefix)(batch).last_hidden_state
+        return part.square().mean() + (super().loss(batch) if self.beside else 0)
 
 
-def test_calls_of_parts_are_warned_about(tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("name", "scope"), [("gpt2-tied", "layer"), ("bert-mlm", "layer"), ("vit", "layer"), ("vit", "input")]
+)
+def test_calls_of_parts_drop_nothing_count_nothing_and_are_warned_about(tmp_path, name, scope, checkpointing):
+    plain, module = (Parts(name, checkpointing=checkpointing) for _ in range(2))
+    fit(tmp_path, [], plain, max_steps=3)
     with pytest.warns(UserWarning, match="RandomLTD: the transformer was not called in a batch"):
-        total, _ = run(tmp_path, Parts())
-    assert total.layer_tokens == 0
+        total, _ = run(tmp_path, module, RandomLTD(**CONSTANT, scope=scope))
+    assert total == TokenCount()
+    assert module.seen == plain.seen
+    assert_equal(module, plain)
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+@pytest.mark.parametrize("name", ["bert-mlm", "vit"])
+def test_beside_the_model_calls_of_its_parts_are_warned_about_where_they_are_trained(
+    tmp_path, name, with_gradients, recwarn
+):
+    total, _ = run(tmp_path, Parts(name, beside=True, with_gradients=with_gradients))
+    assert total == run(tmp_path, Deep(name))[0]
+    warned = [warning for warning in recwarn if "a part of the transformer was called besides" in str(warning.message)]
+    assert len(warned) == with_gradients
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_whether_a_recomputed_block_saw_every_token_must_be_known(tmp_path, use_reentrant, monkeypatch):
+    monkeypatch.setattr(timm.layers.config, "_USE_REENTRANT_CKPT", use_reentrant)
+    with pytest.raises(MisconfigurationException, match=r"the transformer was called.* and a part of it"):
+        run(tmp_path, Parts("vit", beside=True, checkpointing=True))
+    # Of what is not trained nothing is recomputed.
+    teacher = {"beside": True, "with_gradients": False}
+    assert run(tmp_path, Parts("vit", checkpointing=True, **teacher))[0] == run(tmp_path, Parts("vit", **teacher))[0]
 
 
 def test_a_block_that_is_skipped_keeps_no_token_and_counts_for_no_average(tmp_path):

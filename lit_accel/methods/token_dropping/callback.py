@@ -300,9 +300,9 @@ class RandomLTD(PlannedTokens):
         if self.anatomy is None or anatomy.size != self.anatomy.size:
             self._take(anatomy)
         assert self.schedule is not None
-        self._dropper = TokenDropper(
-            routing_of(transformer), self.blocks, self.schedule, self.scope, self._num_prefix, self.seed
-        )
+        routing, prefix = routing_of(transformer), self._num_prefix
+        # Calls of parts are not observed, and what is not counted is not dropped.
+        self._dropper = TokenDropper(routing, self.blocks, self.schedule, self.scope, prefix, self.seed, in_parts=False)
         if self._position is not None and was_active:
             # Replaced after this batch has begun.
             self._dropper.set(*self._position)
@@ -387,14 +387,14 @@ class RandomLTD(PlannedTokens):
         assert self.schedule is not None
         assert self._position is not None
         step = self._position[0]
-        if self._has_warned or self._books.was_partial or self.schedule.is_over(step):
+        if self._has_warned or self.schedule.is_over(step):
             return
         num_kept = max(self.schedule.kept_tokens(step, self._books.longest), self._num_prefix)
         has_windows = any(block.windows is not None for block in self._dropper.routing.blocks)
-        is_due = num_kept < self._books.longest and not has_windows
-        if is_due or not self._was_called:
+        is_due = num_kept < self._books.longest and not has_windows and not self._books.was_partial
+        if is_due or self._dropper.was_spared or not self._was_called:
             self._has_warned = True
-            rank_zero_warn(why_nothing_was_dropped(self._was_called))
+            rank_zero_warn(why_nothing_was_dropped(self._was_called, self._dropper.was_spared))
 
     def _collect(self, trainer: L.Trainer) -> None:
         books = self._books

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lit_accel.anatomy import Block
@@ -22,6 +23,12 @@ Scope = Literal["layer", "route", "input"]
 # Tells these draws from the others of the same seed.
 _TOKENS = 7
 _SHARED = -1
+_AMBIGUOUS = (
+    "In one training step the transformer was called, which drops tokens, and a part of it, such as "
+    "model.transformer(...) or forward_features(...), which does not. Activation checkpointing calls a block again, "
+    "and whether it ran on every token cannot be seen. Call the transformer itself each time, or do without activation "
+    "checkpointing."
+)
 
 
 class TokenDropper:
@@ -39,6 +46,8 @@ class TokenDropper:
             never comes back (as in PatchDropout).
         num_prefix: The first tokens of a sequence, which are always kept.
         seed: Seed of the draws.
+        in_parts: Whether tokens are also dropped where something else than the transformer itself is called, such as
+            its body without the head; nobody counts them there.
     """
 
     def __init__(
@@ -49,11 +58,15 @@ class TokenDropper:
         scope: Scope = "layer",
         num_prefix: int = 0,
         seed: int = 0,
+        in_parts: bool = True,
     ) -> None:
         self.is_active = False
         self.routing = routing
         self.num_restricted = 0
         """How many calls of blocks were restricted since :meth:`set`; recomputed ones may count again."""
+        self.was_spared = False
+        """Whether a block that was trained saw every token since :meth:`set`, since a part was called."""
+        self._in_parts = in_parts
         self._blocks = frozenset(blocks)
         self._schedule = schedule
         self._scope = scope
@@ -79,6 +92,7 @@ class TokenDropper:
         self._num_before.clear()
         self._calls.end()
         self.num_restricted = 0
+        self.was_spared = False
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -89,15 +103,23 @@ class TokenDropper:
     def _is_idle(self) -> bool:
         return not self.is_active or not torch.is_grad_enabled() or self._schedule.is_over(self._step)
 
-    def _is_dense(self) -> bool:
+    def _is_dense(self, call: BlockCall) -> bool:
         """Whether what calls a block now is to see every token."""
         if is_recomputing():
+            if self.num_restricted and self.was_spared:
+                raise MisconfigurationException(_AMBIGUOUS)
             # What it saw before: a call of the whole model may have been run without gradients first.
             return self.num_restricted == 0
-        return self._calls.has_gradients is False
+        if self._calls.has_gradients is not None:
+            return not self._calls.has_gradients
+        if self._in_parts:
+            return False
+        # Reentrant checkpointing runs it without gradients, but not on hidden states without them.
+        self.was_spared |= torch.is_grad_enabled() or call.hidden_states.requires_grad
+        return True
 
     def _handle(self, call: BlockCall, run: Run) -> Any:
-        if not self.is_active or call.index not in self._blocks or self._is_dense():
+        if not self.is_active or call.index not in self._blocks or self._is_dense(call):
             return run(call)
         block = self.routing.blocks[call.index]
         if block.windows is not None:

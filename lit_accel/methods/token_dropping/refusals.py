@@ -238,16 +238,23 @@ def check_graphs(transformer: nn.Module, plan: TokenPlan) -> None:
         )
 
 
-def why_nothing_was_dropped(was_called: bool) -> str:
+def why_nothing_was_dropped(was_called: bool, was_spared: bool) -> str:
     """Return a warning about a batch in which nothing was dropped though it was due.
 
     Args:
         was_called: Whether the transformer was called in it.
+        was_spared: Whether a part of it was called, and trained.
     """
     if not was_called:
         return (
             "RandomLTD: the transformer was not called in a batch, so nothing was dropped or counted. Call the model "
             "itself; calls of its parts are not seen."
+        )
+    if was_spared:
+        return (
+            "RandomLTD: in a batch a part of the transformer was called besides the transformer itself, such as "
+            "model.transformer(...) or forward_features(...): in that call nothing was dropped or counted. Call the "
+            "model itself."
         )
     return (
         "RandomLTD dropped no token of a batch, though it is due: the model was called with a cache (use_cache=True), "
