@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import lightning.pytorch as L
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import BatchEncoding
 
 from lit_accel import (
     Level,
@@ -146,6 +149,70 @@ def test_ablation_is_what_leaving_a_block_out_by_hand_does(tmp_path, kind):
     make_trainer(tmp_path, callbacks=[Measure()], max_steps=1).fit(Module(), loader())
     assert measured["ablate"] == measured["by hand"]
     assert all(change != 0 for change in measured["ablate"][1])
+
+
+@dataclass
+class Pair:
+    """A batch of a user's own kind."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+
+class Parts(NamedTuple):
+    labels: torch.Tensor
+    note: str
+
+
+BATCHES = {
+    "dict": dict,
+    "BatchEncoding": BatchEncoding,
+    "dataclass": lambda parts: Pair(**parts),
+    "nested": lambda parts: [{"x": (parts["input_ids"],)}, Parts(parts["labels"], "a string")],
+    "a tensor twice": lambda parts: {"input_ids": parts["input_ids"], "labels": parts["input_ids"]},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(BATCHES))
+def test_measuring_leaves_the_batch_as_it_was(tmp_path, kind):
+    """The step masks in place and takes its labels away: it is trained on what it would be without a measurement."""
+
+    class Masking(TinyModule):
+        def training_step(self, batch, batch_idx):
+            if kind == "dataclass":
+                ids, labels = batch.input_ids, batch.labels
+                batch.labels = None
+            elif kind == "nested":
+                ids, labels = batch[0].pop("x")[0], batch.pop().labels
+            else:
+                ids, labels = batch["input_ids"], batch.pop("labels")
+            ids[torch.rand(ids.shape) < 0.3] = 3
+            logits = self.net(input_ids=ids).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            self.losses.append(loss.item())
+            return loss
+
+    class Measure(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            num_seen = len(pl_module.losses)
+            with measuring(trainer, pl_module):
+                ablate(routing_of(pl_module.net), lambda: training_loss(pl_module, batch, batch_idx), range(4))
+            measured = pl_module.losses[num_seen:]
+            assert len(set(measured)) == 5
+            del pl_module.losses[num_seen:]
+
+    def train(callbacks):
+        L.seed_everything(0, verbose=False)
+        module = Masking()
+        ids = Tokens(24).ids
+        data = [BATCHES[kind]({"input_ids": x.clone(), "labels": x.clone()}) for x in ids.split(8)]
+        make_trainer(tmp_path, callbacks=callbacks, max_epochs=1).fit(module, DataLoader(data, batch_size=None))
+        assert len(module.losses) == 3
+        return module
+
+    plain, measured = train([]), train([Measure()])
+    assert measured.losses == plain.losses
+    assert all(torch.equal(measured.state_dict()[name], value) for name, value in plain.state_dict().items())
 
 
 def test_measuring_leaves_buffers_as_they_were(tmp_path):

@@ -1,4 +1,7 @@
-"""Calling a LightningModule's training step to measure it: no gradient, dropout, logging or use of random numbers."""
+"""Calling a LightningModule's training step to measure it: no gradient, dropout, logging or use of random numbers.
+
+What the step writes into its batch is lost too.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lit_accel.methods.layer_dropping.copies import copy_of_batch
 from lit_accel.methods.layer_dropping.sensitivity import evaluating
 
 
@@ -32,7 +36,8 @@ def training_loss(pl_module: L.LightningModule, batch: Any, batch_idx: int) -> T
     """Return the loss that the module's training step computes for a batch.
 
     It is called on the module itself: a wrapper for distributed training would wait for a backward pass. The state of
-    the random generators is the same afterwards.
+    the random generators is the same afterwards, and so is the batch: the step gets a copy of it, for it may mask it in
+    place or take the labels out, and is called with it again.
 
     Args:
         pl_module: The module.
@@ -42,6 +47,7 @@ def training_loss(pl_module: L.LightningModule, batch: Any, batch_idx: int) -> T
     Raises:
         MisconfigurationException: If it returns no loss.
     """
+    batch = copy_of_batch(batch)
     arguments = (
         (batch, batch_idx) if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2) else (batch,)
     )
