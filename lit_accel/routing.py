@@ -94,11 +94,13 @@ class BlockRouting:
         self.modules = [transformer.get_submodule(block.path) for block in self.blocks]
         self.is_probing = False
         """Whether what is called now measures the model and does not train it; see :meth:`probe`."""
+        self.has_seen_cache = False
+        """Whether a block was called with a cache where gradients are taken; whoever reads it resets it."""
         self._handlers: list[tuple[Order, Handler, Callable[[], bool]]] = []
         self._listeners: list[OnPart] = []
         # By class of the block: the number of its outputs, or None for a tensor.
         self._num_outputs: dict[type, int | None] = {}
-        self._cache_hook: RemovableHandle | None = None
+        self._cache_hooks: list[RemovableHandle] = []
         # Weakly: it is a value in a dictionary that holds its keys weakly.
         self._transformer = weakref.ref(transformer)
 
@@ -202,6 +204,8 @@ class BlockRouting:
     def _route(self, call: BlockCall) -> Any:
         # A probe sees calls with a cache too: decoders fill one in evaluation mode, and nobody reads it afterwards.
         if not self.is_probing and (call.has_cache or not call.module.training):
+            # Not that of generation: it needs no gradients.
+            self.has_seen_cache |= call.has_cache and call.module.training and torch.is_grad_enabled()
             return self._run(call)
         run: Run = self._run
         for _, handler, _ in reversed(self._handlers):
@@ -213,20 +217,23 @@ class BlockRouting:
             if not isinstance(vars(module).get("_compiled_call_impl"), _Intercept):
                 module._compiled_call_impl = _Intercept(self, index, module, next(iter(block.token_dims)))
         transformer = self._transformer()
-        if transformer is not None and self._cache_hook is None:
-            parameters = list(inspect.signature(transformer.forward).parameters)
+        if transformer is None or self._cache_hooks:
+            return
+        # The model without its head too: it may be called by itself.
+        for model in {transformer, getattr(transformer, "base_model", transformer)}:
+            parameters = list(inspect.signature(model.forward).parameters)
             if "use_cache" in parameters:
                 hook = _NoCache(parameters.index("use_cache"), self)
-                self._cache_hook = transformer.register_forward_pre_hook(hook, with_kwargs=True)
+                self._cache_hooks.append(model.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _restore(self) -> None:
         for module in self.modules:
             intercept = vars(module).get("_compiled_call_impl")
             if isinstance(intercept, _Intercept):
                 intercept.restore(module)
-        if self._cache_hook is not None:
-            self._cache_hook.remove()
-            self._cache_hook = None
+        for hook in self._cache_hooks:
+            hook.remove()
+        self._cache_hooks = []
 
 
 class _Bound:

@@ -8,6 +8,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 from lit_accel import (
@@ -317,3 +318,50 @@ def test_blocks_that_cannot_be_intercepted_are_noticed_before_the_optimizer_step
 
     with pytest.raises(RuntimeError, match=r"not as block.forward"):
         fit(tmp_path, [ProgressiveLayerDropping(gamma=5.0)], ByForward(), max_steps=4)
+
+
+class ByParts(Deep):
+    """Calls the model without its head, and then the head."""
+
+    def loss(self, batch):
+        if self.is_vision:
+            images, targets = batch
+            logits = self.net.forward_head(self.net.forward_features(images))
+            return torch.nn.functional.cross_entropy(logits, targets)
+        logits = self.net.get_output_embeddings()(self.net.base_model(batch)[0])
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("name", ["gpt2-tied", "llama-gqa", "bert-mlm", "vit-registers"])
+def test_blocks_are_dropped_where_a_part_of_the_model_is_called(tmp_path, name):
+    masks = {}
+    modules = {}
+    for kind in (Deep, ByParts):
+        callback = ProgressiveLayerDropping(gamma=5.0)
+        masks[kind] = Masks(callback)
+        _, modules[kind] = fit(tmp_path, [callback, masks[kind]], kind(name), max_steps=6)
+    assert masks[ByParts].masks == masks[Deep].masks
+    assert not all(map(all, masks[Deep].masks))
+    if name in ("gpt2-tied", "llama-gqa"):
+        # What is computed is the same; the models of BERT and timm have more around their parts.
+        assert modules[ByParts].losses == modules[Deep].losses
+
+
+def test_calls_that_are_not_seen_are_warned_about_once(tmp_path, recwarn):
+    fit(tmp_path, [ProgressiveLayerDropping(gamma=5.0)], ByParts(), max_steps=4)
+    fit(tmp_path, [ProgressiveLayerDropping(gamma=5.0)], Deep(), max_steps=4)
+    (warning,) = [str(warning.message) for warning in recwarn if "was not called" in str(warning.message)]
+    assert "ProgressiveLayerDropping" in warning
+    assert "Call the model itself" in warning
+
+
+@pytest.mark.parametrize("name", ["gpt2-tied", "bert-mlm", "vit-registers"])
+@pytest.mark.parametrize("warmup", [0, 5])
+@pytest.mark.parametrize("estimator", ["ablate", "taylor"])
+def test_a_budget_needs_calls_that_are_seen(tmp_path, name, warmup, estimator):
+    """Before the second step, not only when it is measured."""
+    callback = SensitivityLayerDropping(kept=0.9, warmup=warmup, ramp=1, release=1, estimator=estimator)
+    module = ByParts(name)
+    with pytest.raises(MisconfigurationException, match=r"the model itself was not called.*Call the model itself"):
+        fit(tmp_path, [callback], module, max_steps=8)
+    assert module.trainer.global_step <= 1

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
@@ -23,6 +24,7 @@ from lit_accel.methods.layer_dropping.refusals import (
     check_sublayers,
     droppable_blocks,
     resolve_scale,
+    why_calls_are_not_seen,
 )
 from lit_accel.methods.layer_dropping.sampling import Sampler, sample_blocks
 from lit_accel.methods.method import Method
@@ -97,6 +99,8 @@ class LayerDropping(Method):
         self._follower: TransformerFollower | None = None
         self._observer: TransformerObserver | None = None
         self._has_compared = False
+        self._was_called = False
+        self._has_warned_of_calls = False
         self._costs: tuple[int, ...] | None = None
         self._scale: Scale = "none"
         self._num_loaded_blocks = 0
@@ -262,6 +266,7 @@ class LayerDropping(Method):
         """Carry what is known of blocks over to a model of another size."""
 
     def _on_forward(self, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int) -> None:
+        self._was_called = True
         if num_tokens != self._num_tokens:
             self._num_tokens, self._costs = num_tokens, None
         if self._full is not None and torch.is_grad_enabled():
@@ -298,6 +303,7 @@ class LayerDropping(Method):
             self._step = step
             self._draw(step)
             self._compare(trainer)
+        self._was_called = self._dropper.was_called = self._dropper.routing.has_seen_cache = False
         self._dropper.is_active = True
 
     def _draw(self, step: int) -> None:
@@ -338,6 +344,10 @@ class LayerDropping(Method):
         if self._dropper is None:
             return
         self._dropper.is_active = False
+        # With a cache, which decoders fill while nothing is dropped, blocks are not routed.
+        have_run = self._dropper.was_called or self._dropper.routing.has_seen_cache
+        if have_run and not self._was_called:
+            self._on_unseen_call()
         if self._step is None or trainer.global_step == self._step:
             return
         costs = self.costs()
@@ -347,6 +357,16 @@ class LayerDropping(Method):
         if interval and trainer.global_step // interval > self._step // interval:
             self._log(trainer)
             self._window = Tally()
+
+    def _on_unseen_call(self) -> None:
+        """Say that blocks ran in a batch in which the model was not called."""
+        if not self._has_warned_of_calls:
+            self._has_warned_of_calls = True
+            rank_zero_warn(
+                why_calls_are_not_seen(
+                    type(self).__name__, "Blocks are dropped, but the FLOPs of such calls are not counted."
+                )
+            )
 
     def costs(self) -> tuple[int, ...]:
         """Return the training FLOPs of each block, on one sequence of the last batch's length."""

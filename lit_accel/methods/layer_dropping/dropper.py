@@ -30,6 +30,8 @@ class BlockDropper:
 
     def __init__(self, routing: BlockRouting, scale: Scale) -> None:
         self.is_active = False
+        self.was_called = False
+        """Whether a block was called while it was active; whoever reads it resets it."""
         self.routing = routing
         self._scale = scale
         self._keep: Sequence[bool] = [True] * len(routing.blocks)
@@ -62,6 +64,7 @@ class BlockDropper:
     def _handle(self, call: BlockCall, run: Run) -> Any:
         if not self.is_active:
             return run(call)
+        self.was_called = True
         if not self._keep[call.index]:
             return self.routing.skip(call)
         output = run(call)

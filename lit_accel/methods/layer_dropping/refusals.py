@@ -102,3 +102,17 @@ def check_sublayers(transformer: nn.Module, anatomy: Anatomy, scale: Scale, meth
             f'{method}: scale="sublayer" works inside of the blocks, and these are compiled. Use scale="block", which '
             "works outside of them, or leave the blocks uncompiled."
         )
+
+
+def why_calls_are_not_seen(method: str, what_follows: str) -> str:
+    """Return what is wrong where blocks run in a batch in which the model was not called.
+
+    Args:
+        method: Who says so.
+        what_follows: What it cannot do, a sentence.
+    """
+    return (
+        f"{method}: blocks of the model ran in a batch, but the model itself was not called; calls of its parts, such "
+        f"as self.model.transformer(...) or self.model.forward_features(...), are not seen. {what_follows} Call the "
+        "model itself, self.model(...), so that they are."
+    )

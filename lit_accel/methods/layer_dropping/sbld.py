@@ -22,7 +22,7 @@ from lit_accel.methods.layer_dropping.dropper import Scale
 from lit_accel.methods.layer_dropping.history import History
 from lit_accel.methods.layer_dropping.probing import measuring, training_loss
 from lit_accel.methods.layer_dropping.protection import BlockList
-from lit_accel.methods.layer_dropping.refusals import droppable_blocks
+from lit_accel.methods.layer_dropping.refusals import droppable_blocks, why_calls_are_not_seen
 from lit_accel.methods.layer_dropping.sampling import Sampler
 from lit_accel.methods.layer_dropping.sensitivity import ESTIMATES, Estimator, Meter, ablate, ablation_flops
 
@@ -311,6 +311,8 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
             mine = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
             values = trainer.strategy.reduce(mine, reduce_op="mean").tolist()
         values, self._num_measured_tokens = trainer.strategy.broadcast((values, self._num_tokens))
+        if self._num_measured_tokens is None:
+            self._refuse_unseen_call()
         if self.estimator == "taylor" and 0 < (total := sum(values)) < math.inf:
             # The factor of a gradient scaler is in them, and changes. Only now: each rank's own total is another one.
             values = [value / total for value in values]
@@ -350,6 +352,16 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
             f"{type(self).__name__}: step {step}: measured on {num_batches} batches; never dropped are blocks "
             f"{', '.join(map(str, sorted(self._blocks.members)))}"
         )
+
+    def _on_unseen_call(self) -> None:
+        # At the first batch, and not only at the end of the warm-up, when it is measured.
+        if self._num_tokens is None:
+            self._refuse_unseen_call()
+        super()._on_unseen_call()
+
+    def _refuse_unseen_call(self) -> None:
+        what_follows = "So the length of its sequences is not known, without which no budget can be kept."
+        raise MisconfigurationException(why_calls_are_not_seen(type(self).__name__, what_follows))
 
     def _affordable(self, trainer: L.Trainer) -> float:
         """Return how many batches may be measured in the whole run."""
