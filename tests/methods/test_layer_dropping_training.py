@@ -365,3 +365,27 @@ def test_a_budget_needs_calls_that_are_seen(tmp_path, name, warmup, estimator):
     with pytest.raises(MisconfigurationException, match=r"the model itself was not called.*Call the model itself"):
         fit(tmp_path, [callback], module, max_steps=8)
     assert module.trainer.global_step <= 1
+
+
+class Caching(Deep):
+    """Asks for a cache in some micro-batches."""
+
+    def __init__(self, caches):
+        super().__init__()
+        self.caches = caches
+
+    def training_step(self, batch, batch_idx):
+        self.use_cache = self.caches(batch_idx)
+        return super().training_step(batch, batch_idx)
+
+    def loss(self, ids):
+        logits = self.net(input_ids=ids, use_cache=self.use_cache or None).logits
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("method", ["pld", "sbld", "sbld-taylor"])
+@pytest.mark.parametrize("when", ["always", "first of two micro-batches"])
+def test_a_cache_in_training_is_named_as_what_it_is(tmp_path, method, when):
+    module = Caching(lambda batch_idx: when == "always" or batch_idx % 2 == 0)
+    with pytest.raises(MisconfigurationException, match=r"use_cache=True.*all blocks ran.*Leave both"):
+        fit(tmp_path, [METHODS[method]()], module, max_steps=20, accumulate_grad_batches=2)

@@ -101,6 +101,7 @@ class LayerDropping(Method):
         self._has_compared = False
         self._was_called = False
         self._has_warned_of_calls = False
+        self._had_cache = False
         self._costs: tuple[int, ...] | None = None
         self._scale: Scale = "none"
         self._num_loaded_blocks = 0
@@ -303,6 +304,7 @@ class LayerDropping(Method):
             self._step = step
             self._draw(step)
             self._compare(trainer)
+            self._had_cache = False
         self._was_called = self._dropper.was_called = self._dropper.routing.has_seen_cache = False
         self._dropper.is_active = True
 
@@ -330,6 +332,13 @@ class LayerDropping(Method):
         for keep, module in zip(self.keep, self._dropper.routing.modules, strict=True):
             for name, parameter in () if keep else module.named_parameters():
                 if parameter.grad is not None:
+                    if self._had_cache or self._dropper.routing.has_seen_cache:
+                        raise MisconfigurationException(
+                            f"{type(self).__name__}: the model was called with a cache (use_cache=True or "
+                            f"past_key_values) in training step {trainer.global_step}. A dropped block would leave a "
+                            "hole in it, so all blocks ran, and nothing was saved. Leave both arguments out: in "
+                            "training no cache is filled then."
+                        )
                     raise RuntimeError(
                         f"{name} of a block that was dropped in step {trainer.global_step} has a gradient, which the "
                         "optimizer would apply. Clear gradients with zero_grad(set_to_none=True), the default; call "
@@ -344,8 +353,10 @@ class LayerDropping(Method):
         if self._dropper is None:
             return
         self._dropper.is_active = False
-        # With a cache, which decoders fill while nothing is dropped, blocks are not routed.
-        have_run = self._dropper.was_called or self._dropper.routing.has_seen_cache
+        # Decoders fill one while nothing is dropped; with it no handler sees the blocks.
+        has_cache = self._dropper.routing.has_seen_cache
+        self._had_cache |= has_cache
+        have_run = self._dropper.was_called or has_cache
         if have_run and not self._was_called:
             self._on_unseen_call()
         if self._step is None or trainer.global_step == self._step:
