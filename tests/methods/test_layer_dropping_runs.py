@@ -9,6 +9,7 @@ from typing import NamedTuple
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
@@ -112,6 +113,47 @@ def test_a_mask_outlives_an_interruption_of_its_accumulation_window(tmp_path, na
             _, again = run(tmp_path, [METHODS[name]()], resume=tmp_path / f"batch-{batch}.ckpt", **options)
             assert again.keep[step] == masks.keep[step]
             assert again.probabilities[step] == masks.probabilities[step]
+
+
+class Overflows(L.Callback):
+    """Has a gradient scaler try a factor that is too large, in some steps."""
+
+    def __init__(self, steps) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        scaler = trainer.precision_plugin.scaler
+        factor = 2.0**40 if trainer.global_step in self.steps else 2.0**10
+        scaler.load_state_dict({**scaler.state_dict(), "scale": factor})
+
+
+def half_precision() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+
+
+@pytest.mark.parametrize("steps", [(3,), (4,), (9, 10)], ids=["first", "second of two batches", "twice"])
+def test_a_batch_whose_gradients_overflow_is_not_measured(tmp_path, steps):
+    def train(overflows, **options):
+        method = METHODS["taylor"]()
+        callbacks = [Overflows(overflows), method, *options.pop("callbacks", ())]
+        module, masks = run(tmp_path, callbacks, plugins=half_precision(), **options)
+        return method, module, masks
+
+    calm, *_ = train(())
+    with pytest.warns(UserWarning, match="not finite at step.*another one is measured") as warnings:
+        method, whole, masks = train(steps, callbacks=[SaveAlways(tmp_path)])
+    assert sum("not finite" in str(warning.message) for warning in warnings) == 1
+    # Shares of what all blocks are worth, none of them made up. Each lost batch delays the measurement by one.
+    for values in method.history.sensitivities:
+        assert sum(values) == pytest.approx(1)
+        assert len(set(values)) == 6
+    number = 0 if steps[0] < 5 else 1
+    assert method.history.measured_at[number] == calm.history.measured_at[number] + len(steps)
+    for batch in range(steps[0], steps[-1] + 2):
+        resumed, module, again = train(steps, resume=tmp_path / f"batch-{batch}.ckpt")
+        assert (again.keep, again.probabilities) == (last(masks.keep, batch), last(masks.probabilities, batch))
+        assert module.seen == whole.seen[batch:]
+        assert resumed.state_dict() == method.state_dict()
 
 
 # Measuring

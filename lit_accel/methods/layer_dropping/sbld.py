@@ -141,6 +141,7 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
         self._allocated: tuple[float, list[float]] | None = None
         self._has_warned_of_zeros = False
         self._has_warned_of_cost = False
+        self._has_warned_of_overflow = False
 
     # Before training
 
@@ -313,9 +314,17 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
         values, self._num_measured_tokens = trainer.strategy.broadcast((values, self._num_tokens))
         if self._num_measured_tokens is None:
             self._refuse_unseen_call()
-        if self.estimator == "taylor" and 0 < (total := sum(values)) < math.inf:
-            # The factor of a gradient scaler is in them, and changes. Only now: each rank's own total is another one.
-            values = [value / total for value in values]
+        if self.estimator == "taylor":
+            # Only now: each rank's own total is another one.
+            total = sum(values)
+            if not math.isfinite(total):
+                # A gradient scaler that tries too large a factor: it skips this step, and nothing is learnt from it.
+                # The measurement stays due, so the next batch is taken in place of this one.
+                self._warn_of_overflow(trainer.global_step)
+                return
+            if total > 0:
+                # The factor of a gradient scaler is in them, and changes.
+                values = [value / total for value in values]
         self._collected.append(values)
         num_affordable = self._affordable(trainer)
         if len(self._collected) < min(self.num_batches, max(1, math.floor(num_affordable))):
@@ -352,6 +361,15 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
             f"{type(self).__name__}: step {step}: measured on {num_batches} batches; never dropped are blocks "
             f"{', '.join(map(str, sorted(self._blocks.members)))}"
         )
+
+    def _warn_of_overflow(self, step: int) -> None:
+        if not self._has_warned_of_overflow:
+            self._has_warned_of_overflow = True
+            rank_zero_warn(
+                f"{type(self).__name__}: gradients were not finite at step {step}, where sensitivities were measured. "
+                "That batch does not count, another one is measured, and all blocks run until then. With a gradient "
+                "scaler this happens now and then; without one the training has diverged."
+            )
 
     def _on_unseen_call(self) -> None:
         # At the first batch, and not only at the end of the warm-up, when it is measured.
