@@ -115,6 +115,42 @@ def test_a_mask_outlives_an_interruption_of_its_accumulation_window(tmp_path, na
             assert again.probabilities[step] == masks.probabilities[step]
 
 
+LENGTHS = {
+    **METHODS,
+    "pld-by-factor": partial(ProgressiveLayerDropping, gamma_factor=20),
+    "pld-decreasing": partial(ProgressiveLayerDropping, direction="decreasing"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(LENGTHS))
+@pytest.mark.parametrize("written_by", ["this version", "an earlier one"])
+def test_a_run_of_another_length_is_warned_about_where_the_schedule_depends_on_it(tmp_path, recwarn, name, written_by):
+    run(tmp_path, [LENGTHS[name](), SaveAlways(tmp_path)])
+    path = tmp_path / "batch-8.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    if written_by == "an earlier one":
+        for state in checkpoint["callbacks"].values():
+            state.get("rules", {}).pop("num_steps", None)
+        torch.save(checkpoint, path)
+
+    def warnings_of(max_steps):
+        recwarn.clear()
+        method = LENGTHS[name]()
+        _, masks = run(tmp_path, [method], resume=path, max_steps=max_steps)
+        return masks, [str(warning.message) for warning in recwarn if "other rules" in str(warning.message)]
+
+    same, none = warnings_of(STEPS)
+    longer, said = warnings_of(2 * STEPS)
+    assert not none
+    is_other = any(same.probabilities[step] != longer.probabilities[step] for step in same.probabilities)
+    assert is_other is (name != "pld-bernoulli")
+    if is_other and written_by == "this version":
+        assert len(said) == 1
+        assert "other rules of layer dropping: num_steps 16 (now 32)" in said[0]
+    else:
+        assert not said
+
+
 class Overflows(L.Callback):
     """Has a gradient scaler try a factor that is too large, in some steps."""
 

@@ -418,7 +418,10 @@ class LayerDropping(Method):
         }
 
     def _rules(self) -> dict[str, Any]:
-        return {"sampler": self.sampler, "scale": self.scale, "seed": self.seed, "pinned": self.pinned}
+        rules = {"sampler": self.sampler, "scale": self.scale, "seed": self.seed, "pinned": self.pinned}
+        # Shares of the run and rates by its length are other ones in a run of another length. Checkpoints of earlier
+        # versions do not say it, and nothing is compared.
+        return {**rules, "num_steps": self.num_steps} if self.needs_length and self.num_steps is not None else rules
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where the draws stood, and the rules for comparison.
