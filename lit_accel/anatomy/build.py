@@ -71,9 +71,14 @@ def is_compiled(module: nn.Module) -> bool:
 def build_resized(model: nn.Module, anatomy: Anatomy, size: Size) -> nn.Module:
     """Build a model of the same class at another size from its config, without weights.
 
-    Training mode of each module, dtype and device, frozen parameters, activation checkpointing and the compilation of
-    blocks are carried over. What was changed on the old modules by hand is not: forward hooks, attributes, or a
-    compilation of the whole model.
+    Training mode of each module, dropout probabilities, dtype and device, frozen parameters, activation checkpointing
+    and the compilation of blocks are carried over, to each block from the one that it is like (see
+    :meth:`Anatomy.block_sources`). Where blocks drop out differently, the rates of blocks that have no counterpart at
+    the new depth are not remembered.
+
+    Other changes that were made to the old modules by hand are not carried over: forward hooks, a compilation of the
+    whole model and, in families that are built from a config (Hugging Face's), other attributes and modules of another
+    class. There, an ``Identity`` in the place of a ``Dropout`` becomes a ``Dropout`` of probability 0.
 
     Args:
         model: The present model.
@@ -109,12 +114,15 @@ def build_resized(model: nn.Module, anatomy: Anatomy, size: Size) -> nn.Module:
             module.compile(**options)
             setattr(module, COMPILE_OPTIONS, options)
     old_modules = dict(model.named_modules())
+    sources = [anatomy.blocks[index].path for index in anatomy.block_sources(size.depths)]
     for name, module in resized.named_modules():
-        for new in target.blocks:
+        for new, source in zip(target.blocks, sources, strict=True):
             if name == new.path or name.startswith(f"{new.path}."):
-                name = first_path[new.stage] + name.removeprefix(new.path)
+                name = source + name.removeprefix(new.path)
                 break
         module.training = old_modules[name].training if name in old_modules else model.training
+        if name in old_modules:
+            _copy_dropout(old_modules[name], module)
     return resized
 
 
@@ -182,6 +190,23 @@ def _copy_checkpointing(old: nn.Module, new: nn.Module) -> None:
     for module in new.modules():
         for key, value in settings.get(type(module), {}).items():
             setattr(module, key, value)
+
+
+def _copy_dropout(old: nn.Module, new: nn.Module) -> None:
+    """Carry dropout probabilities over: a user may have changed them after the model was built from its config."""
+    if isinstance(new, nn.Dropout):
+        if isinstance(old, nn.Dropout):
+            new.p = old.p
+        elif isinstance(old, nn.Identity):
+            new.p = 0.0
+    # Attention with fused kernels keeps its probability as a number.
+    for name, value in vars(old).items():
+        if "dropout" in name and _is_probability(value) and _is_probability(vars(new).get(name)):
+            setattr(new, name, value)
+
+
+def _is_probability(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def uses_activation_checkpointing(model: nn.Module) -> bool:

@@ -149,6 +149,53 @@ def test_activation_checkpointing_is_carried_over():
     assert all(layer.gradient_checkpointing for layer in small.model.layers)
 
 
+def dropout_rates(model):
+    """Every dropout probability of a model: those of modules, and those that attention keeps as plain numbers."""
+    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    for name, module in model.named_modules():
+        numbers = {key: value for key, value in vars(module).items() if "dropout" in key and isinstance(value, float)}
+        rates |= {f"{name}.{key}": value for key, value in numbers.items()}
+    return rates
+
+
+def set_dropout(model, rate):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = rate
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_dropout_is_that_of_the_model_and_not_of_its_config(name, rate):
+    """Whoever has switched it off (or on) after building the model must not find it changed by a resize."""
+    model = make_model(name, **SIZE)
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if hasattr(model.config, key):
+            setattr(model.config, key, 0.1)
+    if hasattr(model.config, "attention_dropout"):
+        model.config.attention_dropout = 0.1
+    set_dropout(model, rate)
+    anatomy = anatomy_of(model)
+    small = build_resized(model, anatomy, anatomy.reduced(2, 2))
+    back = build_resized(small, anatomy_of(small), anatomy.size)
+    assert dropout_rates(model) == dropout_rates(back)
+    assert {rate} == set(dropout_rates(small).values())
+
+
+def test_dropout_of_a_block_is_that_of_the_block_that_it_is_like():
+    model = make_model("gpt2-tied", **SIZE)
+    for index, block in enumerate(model.transformer.h):
+        block.mlp.dropout.p = 0.1 * index
+    model.transformer.h[2].attn.resid_dropout = nn.Identity()
+    model.config.resid_pdrop = 0.5
+    anatomy = anatomy_of(model)
+    small = build_resized(model, anatomy, anatomy.reduced(1, 2))
+    assert [block.mlp.dropout.p for block in small.transformer.h] == [0.0, 0.2]
+    assert [block.attn.resid_dropout.p for block in small.transformer.h] == [0.0, 0.0]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(sorted(ZOO)),
