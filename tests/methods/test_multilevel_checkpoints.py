@@ -196,6 +196,30 @@ def test_a_checkpoint_from_before_the_rules_of_the_learning_rate_were_in_it(tmp_
     assert resumed.rates == run(12)[0].rates[6:]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "dtype"), [("bf16-true", "32-true", torch.float32), ("32-true", "bf16-true", torch.bfloat16)]
+)
+@pytest.mark.parametrize("state", ["reset", "project"])
+def test_a_run_goes_on_in_the_precision_that_it_is_resumed_with(tmp_path, before, after, dtype, state):
+    """Not, once it has grown, in that of the stored level."""
+
+    def run(steps, precision, checkpoint=None):
+        callback = MultiLevelTraining(phases=PHASES, alpha=0.5, optimizer_state=state)
+        callbacks = [callback, StopAt(steps)]
+        trainer = make_trainer(tmp_path, callbacks=callbacks, max_epochs=12, precision=precision)
+        module = TinyModule()
+        trainer.fit(module, loader(num_samples=8), ckpt_path=checkpoint)
+        return module, trainer
+
+    run(SMALL_STEP, before)[1].save_checkpoint(tmp_path / "small.ckpt")
+    module, trainer = run(12, after, tmp_path / "small.ckpt")
+    assert module.net.config.n_layer == 4
+    assert {parameter.dtype for parameter in module.net.parameters()} == {dtype}
+    (optimizer,) = trainer.optimizers
+    moments = {entry[key].dtype for entry in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")}
+    assert moments == {dtype}
+
+
 def test_phases_among_hyper_parameters_can_be_read_back(tmp_path):
     class Module(MultiLevelMixin, TinyModule):
         def __init__(self, betas=(0.9, 0.95), **kwargs):

@@ -128,6 +128,23 @@ def test_the_small_model_stays_the_coarse_part_of_the_grown_one(tmp_path):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("fine", [0.0, 0.5])
+def test_what_is_frozen_gets_no_noise(tmp_path, fine):
+    """It would never be trained away: frozen tensors of a fresh level are de-coalesced, and nothing else."""
+    module = small_module(dtype=torch.float64)
+    module.net.transformer.wte.requires_grad_(False)
+    for block in module.net.transformer.h:
+        block.attn.requires_grad_(False)
+    small = {name: parameter.detach().clone() for name, parameter in module.net.named_parameters()}
+    fit(tmp_path, module, MultiLevelTraining(start_level=1, coarse=1.0, fine=fine), steps=2)
+    grown = level_map(anatomy_of(module.net)).apply(small, "decoalesce")
+    frozen = {name: parameter for name, parameter in module.net.named_parameters() if not parameter.requires_grad}
+    assert len(frozen) == 1 + 4 * 4
+    for name, parameter in frozen.items():
+        assert torch.equal(parameter, grown[name]), name
+    assert asymmetry(module.net) > 1e-2
+
+
 def test_stacking(tmp_path):
     module = small_module(lr=0.0)
     first, second = (copy.deepcopy(block) for block in module.net.transformer.h)

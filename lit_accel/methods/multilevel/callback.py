@@ -95,8 +95,8 @@ class MultiLevelTraining(PlannedLevels):
             into one that never existed: by default at its first step, later if ``phases`` say so. The arguments above
             mean the same; only the stored model is a fresh one.
         fresh_std: Standard deviation of the weights of that fresh model, of which the part remains that the small
-            model cannot express. It tells the copies of a grown model apart. Default is 0.02, with which GPT-2, BERT,
-            LLaMA and ViT are initialised.
+            model cannot express. It tells the copies of a grown model apart; frozen parameters have none of it. Default
+            is 0.02, with which GPT-2, BERT, LLaMA and ViT are initialised.
 
     Raises:
         ValueError: If an argument is none of the allowed values.

@@ -118,7 +118,7 @@ def merge_optimizer_state(
             if old is None or weight == 1:
                 continue
             if key in _FIRST:
-                merged[name][key] = (1 - weight) * old.to(value.device) + weight * value
+                merged[name][key] = (1 - weight) * old.to(value) + weight * value
             elif key in _SECOND:
-                merged[name][key] = ((1 - weight) * old.to(value.device).sqrt() + weight * value.sqrt()).square()
+                merged[name][key] = ((1 - weight) * old.to(value).sqrt() + weight * value.sqrt()).square()
     return merged

@@ -66,30 +66,32 @@ class StoredLevels:
             step: The map from the larger level.
             level: The larger level.
         """
-        small = {name: parameter.detach() for name, parameter in transformer.named_parameters()}
+        parameters = dict(transformer.named_parameters())
+        small = {name: parameter.detach() for name, parameter in parameters.items()}
         device = next(iter(small.values())).device
-        weights = self._weights[level] if level in self else self._fresh(step.large, small, level)
-        stored = {name: tensor.to(device) for name, tensor in weights.items()}
+        origins = {name: parameters[step.sources(name, "decoalesce")[0]] for name in step.large.parameters}
+        # What is frozen was not trained in the small level either: it stays what it is, whatever the rule.
+        frozen = {name for name, parameter in origins.items() if not parameter.requires_grad}
+        weights = self._weights[level] if level in self else self._fresh(step.large, origins, level)
+        # A run may go on in another precision than the level was stored in: that of the present model counts.
+        stored = {name: tensor.to(device, origins[name].dtype) for name, tensor in weights.items()}
         merged = dict(interpolate(stored, small, step, self.interpolation))
-        resized = build_resized(transformer, step.small, step.large.size)
         if level in self:
-            # What is frozen was not trained in the small level either: it stays what it is, whatever the rule.
-            frozen = {name for name, parameter in resized.named_parameters() if not parameter.requires_grad}
             merged.update({name: stored[name].clone() for name in frozen})
-        return load_parameters(resized, merged)
+        return load_parameters(build_resized(transformer, step.small, step.large.size), merged)
 
-    def _fresh(self, anatomy: Anatomy, small: Mapping[str, Tensor], level: int) -> dict[str, Tensor]:
+    def _fresh(self, anatomy: Anatomy, origins: Mapping[str, nn.Parameter], level: int) -> dict[str, Tensor]:
         """Draw a level: its fine part tells the copies of a de-coalesced model apart, which would stay equal else."""
-        dtype = next(iter(small.values())).dtype
         drawn = {}
         for index, (name, layout) in enumerate(anatomy.parameters.items()):
-            shape = layout.shape(anatomy.size.axes)
-            # Vectors (norms, biases, scales) begin constant in every initialisation: they have no fine part.
-            if len(layout.dims) < 2:
-                drawn[name] = torch.zeros(shape, dtype=dtype)
+            shape, origin = layout.shape(anatomy.size.axes), origins[name]
+            # Vectors (norms, biases, scales) begin constant in every initialisation: they have no fine part. Nor has
+            # what is frozen: there it would be noise that is never trained away.
+            if len(layout.dims) < 2 or not origin.requires_grad:
+                drawn[name] = torch.zeros(shape, dtype=origin.dtype)
             else:
                 noise = torch.randn(shape, generator=generator(_FRESH, level, index))
-                drawn[name] = (self.fresh_std * noise).to(dtype)
+                drawn[name] = (self.fresh_std * noise).to(origin.dtype)
         return drawn
 
     def carry(
