@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as L
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,7 +24,10 @@ from lit_accel.stored_state import require_readable
 CHECKPOINT_KEY = "lit_accel"
 CHECKPOINT_VERSION = 1
 _PATCHED = "_lit_accel_has_size_hooks"
+# Kept on the transformer, so that another one that the user puts in its place is not taken for a small version of it.
 _FULL_SIZE = "_lit_accel_full_size"
+# Beside it, from the setup of a fit until it is known whether a checkpoint is loaded: an earlier run has said so.
+_SAID_EARLIER = "_lit_accel_full_size_was_said_earlier"
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """Optimizer state by parameter name, then by the optimizer's own key."""
@@ -41,13 +44,16 @@ class ResizableStrategy(Protocol):
 
 
 def replace_transformer(module: nn.Module, path: str, transformer: nn.Module) -> None:
-    """Put another transformer in the place of the present one; the LightningModule itself stays.
+    """Put another size of the present transformer in its place; the LightningModule itself stays.
 
     Args:
         module: The LightningModule.
         path: Where the transformer is, as :func:`~lit_accel.anatomy.find_transformer` returns it.
         transformer: The new one.
     """
+    said = getattr(module.get_submodule(path), _FULL_SIZE, None)
+    if said is not None:
+        setattr(transformer, _FULL_SIZE, said)
     parent, _, name = path.rpartition(".")
     module.get_submodule(parent).register_module(name, transformer)
 
@@ -55,11 +61,15 @@ def replace_transformer(module: nn.Module, path: str, transformer: nn.Module) ->
 def full_size(module: nn.Module) -> Size:
     """Return the size of the full model: the present one, unless a checkpoint or a callback has said otherwise.
 
+    What they have said holds for the transformer that it was said of and for what it is resized to, until a fit begins
+    anew (see :func:`begin_anew`).
+
     Args:
         module: The LightningModule.
     """
-    said = getattr(module, _FULL_SIZE, None)
-    return anatomy_of(find_transformer(module)[1]).size if said is None else said
+    transformer = find_transformer(module)[1]
+    said: Size | None = getattr(transformer, _FULL_SIZE, None)
+    return anatomy_of(transformer).size if said is None else said
 
 
 def set_full_size(module: nn.Module, size: Size) -> None:
@@ -69,7 +79,9 @@ def set_full_size(module: nn.Module, size: Size) -> None:
         module: The LightningModule.
         size: The size of the full model.
     """
-    setattr(module, _FULL_SIZE, size)
+    transformer = find_transformer(module)[1]
+    setattr(transformer, _FULL_SIZE, size)
+    setattr(transformer, _SAID_EARLIER, False)
 
 
 def ensure_built(trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -95,6 +107,36 @@ def ensure_built(trainer: L.Trainer, module: L.LightningModule) -> None:
             strategy.precision_plugin.module_init_context(),
         ):
             module.configure_model()
+    if trainer.state.fn == TrainerFn.FITTING:
+        transformer = find_transformer(module)[1]
+        # A callback that starts with a small model says itself, at setup, how large the full one is.
+        is_other = not _starts_small(trainer) and full_size(module) != anatomy_of(transformer).size
+        setattr(transformer, _SAID_EARLIER, is_other)
+
+
+def begin_anew(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Take the model that is there for the full one, if a fit begins anew; the same again does no more.
+
+    It does if its Trainer has trained nothing yet and no checkpoint was loaded that says how large the full model is:
+    then it does not matter what the model was in an earlier run. A model that was loaded or left at a small size is
+    trained for itself. Call it from ``on_train_start``, or from ``on_fit_start``, where a strategy that loads
+    checkpoints later leaves it to ``on_train_start``: before, nobody knows whether there is a checkpoint.
+
+    Args:
+        trainer: The Trainer, at whose setup :func:`ensure_built` was called.
+        module: Its module.
+    """
+    path, transformer = find_transformer(module)
+    if trainer.global_step or not getattr(transformer, _SAID_EARLIER, False):
+        return
+    anatomy = anatomy_of(transformer)
+    full = anatomy.at(full_size(module))
+    set_full_size(module, anatomy.size)
+    rank_zero_warn(
+        f"{path} has {anatomy.num_parameters:,} parameters; in an earlier run the full model had "
+        f"{full.num_parameters:,}. This fit begins anew and takes the present model for the full one. To go on with "
+        "that run instead, call fit with ckpt_path and its last checkpoint."
+    )
 
 
 def prepare_module(trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -108,7 +150,8 @@ def prepare_module(trainer: L.Trainer, module: L.LightningModule) -> None:
         AnatomyError: If there is no transformer of a known family inside.
     """
     ensure_built(trainer, module)
-    set_full_size(module, full_size(module))
+    # Nothing new is said, but the present size is put on record before the model is resized.
+    setattr(find_transformer(module)[1], _FULL_SIZE, full_size(module))
     ensure_resizable(module)
 
 
@@ -185,7 +228,7 @@ def recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> Size | No
         raise AnatomyError(
             f"The checkpoint holds a {record['family']} model, but {path!r} is a {anatomy.family} model."
         )
-    setattr(module, _FULL_SIZE, Size.from_state(record["full_size"]))
+    set_full_size(module, Size.from_state(record["full_size"]))
     if size == anatomy.size:
         return None
     resizable = {axis for alternatives in anatomy.width_axes for axis in alternatives}
@@ -231,6 +274,11 @@ def _resizing(module: nn.Module) -> list[str]:
     trainer = getattr(module, "_trainer", None)
     callbacks = () if trainer is None else trainer.callbacks
     return [type(callback).__name__ for callback in callbacks if getattr(callback, "changes_size", False)]
+
+
+def _starts_small(trainer: L.Trainer) -> bool:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(getattr(callback, "start_level", 0) for callback in callbacks)
 
 
 def _require_growth(module: nn.Module, size: Size, resized_by: list[str]) -> None:

@@ -22,7 +22,7 @@ from lit_accel.compute.phases import Amounts, Phases, saved_share
 from lit_accel.compute.stopwatch import Stopwatch, synchronize
 from lit_accel.compute.summary import phase_table
 from lit_accel.compute.table import FILE_NAME, TableWriter, read_rows
-from lit_accel.resizing import full_size, prepare_module
+from lit_accel.resizing import begin_anew, full_size, prepare_module
 from lit_accel.stored_state import require_readable
 
 _STATE_VERSION = 2
@@ -43,7 +43,7 @@ class ComputeLedger(Callback):
     of its units that are on changes, a new *phase* begins.
 
     - *Dense-equivalent* FLOPs are what the full-size model would have paid on the same batches. The full size
-      is the one that the module has at ``setup``, before any checkpoint is loaded.
+      is the one that the module has where the run begins; a resumed run takes it from its checkpoint.
     - *Seconds* are the wall time of the fit from its first batch's loading to its end, without validation: data
       loading, optimizer, resizes and checkpoints are in it. With several processes it is rank zero's.
     - Tokens and FLOPs are those of all ranks. Padding counts: the model computes on it.
@@ -111,7 +111,7 @@ class ComputeLedger(Callback):
     # --- life cycle
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the model's present size as the full one."""
+        """Take the model's present size as the full one, unless a checkpoint will say otherwise."""
         # A trainer that goes on from its own earlier fit keeps its books, and may have stopped at a small size.
         if stage == "fit" and trainer.global_step == 0:
             self._phases = Phases()
@@ -120,6 +120,7 @@ class ComputeLedger(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to watch and to measure."""
+        begin_anew(trainer, pl_module)
         self._dense = anatomy_of(find_transformer(pl_module)[1]).at(full_size(pl_module))
         self._step = trainer.global_step
         self._interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from lit_accel.compute.plan import RunPlan, StepDecision, Workload, plan_run
 from lit_accel.methods.compatibility import check_clashes, check_pairs, in_order, warn_about
 from lit_accel.methods.method import Method
 from lit_accel.methods.strategy_checks import check_strategy
-from lit_accel.resizing import full_size
+from lit_accel.resizing import begin_anew, full_size
 from lit_accel.schedules import num_steps_of
 
 # Longer runs are predicted from so many of their steps, evenly spread; for a first look fewer will do.
@@ -117,6 +117,8 @@ class Coordinator:
             MisconfigurationException: If settings clash, something is left out where all is to be dense, or so much is
                 left out that hardly anything remains.
         """
+        if not self.trainer.strategy.restore_checkpoint_after_setup:
+            begin_anew(self.trainer, module)
         methods = self.methods
         if self._is_checked or not all(method.is_planned for method in methods):
             return

@@ -11,9 +11,19 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_accel import Level, MultiLevelMixin, MultiLevelTraining, Phase, ResizableMixin
-from lit_accel.anatomy import AnatomyError
-from tests.training import TinyModule, loader, make_trainer
+from lit_accel import (
+    ComputeLedger,
+    Level,
+    MultiLevelMixin,
+    MultiLevelTraining,
+    Phase,
+    ResizableMixin,
+    SensitivityLayerDropping,
+)
+from lit_accel.anatomy import AnatomyError, anatomy_of
+from lit_accel.resizing import full_size
+from tests.models import make_model
+from tests.training import SIZE, TinyModule, loader, make_trainer
 
 PHASES = [Phase(0, 3), Phase(1, 6), Phase(0)]
 SMALL_STEP = 6
@@ -116,12 +126,98 @@ def test_a_small_model_is_not_taken_for_the_full_one(tmp_path, small_checkpoint)
     module = OwnHooks.load_from_checkpoint(path)
     make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES)]).test(module, loader(num_samples=8))
     trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES)], max_steps=12)
-    if "optimizer_states" not in torch.load(path, weights_only=True):
-        with pytest.raises(MisconfigurationException, match="stored weights of level 0"):
-            trainer.fit(module, loader())
-        return
-    trainer.fit(module, loader(), ckpt_path=path)
-    assert module.net.config.n_layer == 4
+    if "optimizer_states" in torch.load(path, weights_only=True):
+        trainer.fit(module, loader(), ckpt_path=path)
+        assert module.net.config.n_layer == 4
+
+
+def test_a_small_model_is_trained_for_itself(tmp_path, small_checkpoint):
+    """Loaded small and not resumed, it is what the run has: the cost of a dense run is its own, and so are levels."""
+    path, _ = small_checkpoint
+    module = OwnHooks.load_from_checkpoint(path)
+    with pytest.warns(UserWarning, match="takes the present model for the full one"):
+        flops, dense_flops = ledger_of_a_fit(tmp_path, module)
+    assert flops == dense_flops
+    method = MultiLevelTraining(phases=PHASES)
+    make_trainer(tmp_path, callbacks=[method], max_steps=12).fit(module, loader())
+    assert module.net.config.n_layer == 2
+    assert method.maps[0].large.size == anatomy_of(module.net).size
+    assert min(module.sizes[-12:]) < max(module.sizes[-12:]) == module.sizes[-1]
+
+
+@pytest.mark.parametrize("ledger_first", [True, False])
+def test_a_cycle_on_a_loaded_small_model_can_be_resumed(tmp_path, small_checkpoint, ledger_first):
+    """Also by a module that is built at the size of the model which was once the full one."""
+    path, _ = small_checkpoint
+    for module, steps, checkpoint in (
+        (OwnHooks.load_from_checkpoint(path), SMALL_STEP, None),
+        (OwnHooks(), 12, tmp_path / "cycle.ckpt"),
+    ):
+        ledger = ComputeLedger(folder=str(tmp_path), print_table=False)
+        callbacks = [ledger, MultiLevelTraining(phases=PHASES)][:: 1 if ledger_first else -1]
+        trainer = make_trainer(tmp_path, callbacks=[*callbacks, StopAt(steps)], max_epochs=12)
+        trainer.fit(module, loader(num_samples=8), ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / "cycle.ckpt")
+        assert module.net.config.n_layer == (1 if steps == SMALL_STEP else 2)
+    total = ledger.phases.total
+    assert 0.5 < total.flops / total.dense_flops < 1
+
+
+def test_a_loaded_small_model_drops_its_own_layers(tmp_path):
+    """Whatever the checkpoint says of a larger one: what is measured is of the blocks that there are."""
+
+    class Deep(OwnHooks):
+        def __init__(self):
+            super().__init__(net=make_model("gpt2-tied", dtype=torch.float32, **{**SIZE, "blocks": 12}))
+
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES), StopAt(SMALL_STEP)], max_epochs=12)
+    trainer.fit(Deep(), loader(num_samples=8))
+    trainer.save_checkpoint(tmp_path / "small.ckpt")
+    module, method = Deep.load_from_checkpoint(tmp_path / "small.ckpt"), SensitivityLayerDropping(folder=str(tmp_path))
+    make_trainer(tmp_path, strategy="auto", callbacks=[method], max_steps=30).fit(module, loader())
+    assert method.history.measured_at
+    assert len(method.sensitivities) == 6 == full_size(module).depths[0]
+
+
+def test_what_a_run_ended_with_is_what_the_next_one_has(tmp_path):
+    """A run that ended small, and a new one that does not resume it; the same Trainer goes on instead."""
+    module = TinyModule()
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=[Phase(0, 3), Phase(1)])], max_steps=6)
+    trainer.fit(module, loader())
+    trainer.test(module, loader(num_samples=8))
+    assert full_size(module).depths == (4,)
+    trainer.fit_loop.epoch_loop.max_steps = 9
+    trainer.fit(module, loader())
+    assert full_size(module).depths == (4,)
+    assert anatomy_of(module.net).size.depths == (2,)
+    flops, dense_flops = ledger_of_a_fit(tmp_path, module)
+    assert flops == dense_flops
+
+
+def test_another_model_is_not_taken_for_a_level_of_the_first(tmp_path):
+    """Put in the place of the one that was trained, it has a full size of its own, with a checkpoint and without."""
+    module = TinyModule()
+    ledger_of_a_fit(tmp_path, module)
+    module.net = make_model("gpt2-tied", dtype=torch.float32, **{**SIZE, "blocks": 8, "heads": 8}).train()
+    flops, dense_flops = ledger_of_a_fit(tmp_path, module)
+    assert flops == dense_flops
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [MultiLevelTraining(phases=PHASES), save]
+    make_trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True, max_steps=12).fit(module, loader())
+    assert module.net.config.n_layer == 8
+    again = TinyModule()
+    ledger_of_a_fit(tmp_path, again)
+    again.net = make_model("gpt2-tied", dtype=torch.float32, **{**SIZE, "blocks": 8, "heads": 8}).train()
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES)], max_steps=12)
+    trainer.fit(again, loader(), ckpt_path=tmp_path / f"step={SMALL_STEP}.ckpt")
+    assert again.net.config.n_layer == 8
+
+
+def ledger_of_a_fit(folder, module):
+    """Train for two steps; return what they cost, and what they would have cost the full model."""
+    ledger = ComputeLedger(folder=str(folder), print_table=False)
+    make_trainer(folder, callbacks=[ledger], max_steps=2).fit(module, loader())
+    return ledger.phases.total.flops, ledger.phases.total.dense_flops
 
 
 @pytest.mark.parametrize("change", [{"width_grouping": "adjacent"}, {"depth_mode": "ode"}])

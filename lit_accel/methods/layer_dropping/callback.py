@@ -37,7 +37,7 @@ from lit_accel.methods.requirements import (
     require_equal_on_ranks,
     require_training_mode,
 )
-from lit_accel.resizing import ensure_built, full_size
+from lit_accel.resizing import begin_anew, ensure_built, full_size
 from lit_accel.routing import routing_of
 from lit_accel.stored_state import require_readable
 
@@ -233,6 +233,8 @@ class LayerDropping(Method):
             return
         transformer = find_transformer(pl_module)[1]
         anatomy = anatomy_of(transformer)
+        begin_anew(trainer, pl_module)
+        self._full = anatomy.at(full_size(pl_module))
         # Only now: a model that changes its size has the size that the checkpoint was written at.
         if self._num_loaded_blocks not in (0, len(anatomy.blocks)):
             raise MisconfigurationException(

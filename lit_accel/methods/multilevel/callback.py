@@ -52,6 +52,7 @@ from lit_accel.methods.strategy_checks import check_strategy
 from lit_accel.resizing import (
     OptimizerState,
     ResizableStrategy,
+    begin_anew,
     full_size,
     prepare_module,
     replace_transformer,
@@ -176,7 +177,7 @@ class MultiLevelTraining(PlannedLevels):
         self.maps: list[LevelMap] = []
         self._path = ""
         self._level = 0
-        self._given_level = 0
+        self._given_size: Size | None = None
         self._loaded_rules: dict[str, Any] = {}
         self._start_size: Size | None = None
         self._stored = StoredLevels(self.interpolation, self.optimizer_state, 0.02 if fresh_std is None else fresh_std)
@@ -198,10 +199,9 @@ class MultiLevelTraining(PlannedLevels):
         prepare_run(trainer)
         check_trainer(trainer, pl_module, changes_lr=self._changes_lr)
         check_merging(trainer, pl_module, [level.merge_batches for level in self.levels])
-        transformer = find_transformer(pl_module)[1]
+        self._check_levels(pl_module)
         # Before a checkpoint is loaded, which is in the workers only.
-        self._given_level = self.level_of(anatomy_of(transformer).size)
-        check_model(pl_module, self._path, transformer, anatomy_of(transformer), self.maps)
+        self._given_size = anatomy_of(find_transformer(pl_module)[1]).size
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
             self.resolve(trainer, pl_module)
@@ -209,6 +209,9 @@ class MultiLevelTraining(PlannedLevels):
     def take_sizes(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the sizes of the levels from the model that is there; the same again where nothing has changed."""
         prepare_module(trainer, pl_module)
+        self._plan_sizes(pl_module)
+
+    def _plan_sizes(self, pl_module: L.LightningModule) -> None:
         self._path, transformer = find_transformer(pl_module)
         anatomy = anatomy_of(transformer)
         if self.start_level and anatomy.size == (self._start_size or full_size(pl_module)):
@@ -216,6 +219,17 @@ class MultiLevelTraining(PlannedLevels):
             factors = [(level.width, level.depth) for level in self.levels[: self.start_level]]
             set_full_size(pl_module, grown_size(anatomy, factors))
         self.maps = self.plan_levels(anatomy.at(full_size(pl_module)))
+
+    def _retake_sizes(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Plan anew where only now it is known how large the full model is."""
+        begin_anew(trainer, pl_module)
+        if full_size(pl_module) != self.maps[0].large.size:
+            self._plan_sizes(pl_module)
+            self._check_levels(pl_module)
+
+    def _check_levels(self, pl_module: L.LightningModule) -> None:
+        transformer = find_transformer(pl_module)[1]
+        check_model(pl_module, self._path, transformer, anatomy_of(transformer), self.maps)
 
     def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the length of the run, and refuse what does not fit it."""
@@ -232,10 +246,15 @@ class MultiLevelTraining(PlannedLevels):
         if not self.is_neutral:
             check_length(trainer, pl_module)
         self.schedule = resolve_phases(self.phases, num_levels, int(num_steps))
-        check_end(trainer, self.schedule[-1].level, self._given_level)
+        check_end(trainer, self.schedule[-1].level, self._level_given)
+
+    def _level_given(self) -> int:
+        return 0 if self._given_size is None else self.level_of(self._given_size)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check what exists only now: the optimizers and their schedulers, and data that the module has made."""
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._retake_sizes(trainer, pl_module)
         if not self.schedule:
             self.resolve(trainer, pl_module)
         coordinator_of(trainer).check_run(pl_module)
@@ -249,6 +268,7 @@ class MultiLevelTraining(PlannedLevels):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the level that a checkpoint was written at, and the learning rate of the first step."""
+        self._retake_sizes(trainer, pl_module)
         maps, loaded, self._loaded_rules = self._map_settings(), self._loaded_rules, {}
         check_rules(
             trainer,
@@ -264,7 +284,8 @@ class MultiLevelTraining(PlannedLevels):
             raise MisconfigurationException(
                 f"The model is at level {self._level}, but the stored weights of level {missing[0]}, which it must "
                 "grow back into, are not in the checkpoint. Resume from a checkpoint that MultiLevelTraining wrote "
-                "(not a weights-only one), or load the small model for itself."
+                "(not a weights-only one). To train the small model for itself, load it with load_from_checkpoint, and "
+                "call fit without ckpt_path."
             )
         if self._level != self.schedule[phase_at(self.schedule, trainer.global_step)].level:
             # Not looked at before, where it was thought that the phases keep the size: a checkpoint has another.

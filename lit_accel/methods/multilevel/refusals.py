@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -154,19 +156,20 @@ def check_length(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         )
 
 
-def check_end(trainer: L.Trainer, last_level: int, given_level: int) -> None:
+def check_end(trainer: L.Trainer, last_level: int, level_given: Callable[[], int]) -> None:
     """Check that a run may end at a level; warn if that is a small one.
 
     Args:
         trainer: The Trainer.
         last_level: The level of the last phase.
-        given_level: The level of the model that the module came with, which is what the main process keeps.
+        level_given: Says the level of the model that the module came with, which is what the main process keeps; asked
+            for where processes are started that do not run the script anew.
 
     Raises:
         MisconfigurationException: If the main process could not take the last model over.
     """
     start_method = getattr(trainer.strategy, "_start_method", "popen")
-    if start_method != "popen" and last_level != given_level:
+    if start_method != "popen" and last_level != (given_level := level_given()):
         # What was given small is there to grow.
         end = "Use" if given_level else "End with a phase at level 0, or use"
         raise MisconfigurationException(

@@ -47,7 +47,7 @@ from lit_accel.methods.token_dropping.refusals import (
     why_nothing_was_dropped,
 )
 from lit_accel.methods.token_dropping.schedule import Compat, TokenSchedule
-from lit_accel.resizing import ensure_built, full_size
+from lit_accel.resizing import begin_anew, ensure_built, full_size
 from lit_accel.routing import routing_of
 from lit_accel.schedules import num_steps_of
 from lit_accel.stored_state import require_readable
@@ -288,7 +288,10 @@ class RandomLTD(PlannedTokens):
         if not self.drops:
             return
         transformer = find_transformer(pl_module)[1]
-        require_training_mode(transformer, anatomy_of(transformer), type(self).__name__)
+        anatomy = anatomy_of(transformer)
+        begin_anew(trainer, pl_module)
+        self._full = anatomy.at(full_size(pl_module))
+        require_training_mode(transformer, anatomy, type(self).__name__)
         self._follower = TransformerFollower(pl_module, self._follow)
         self._observer = TransformerObserver(pl_module, self._on_forward, self._books.count_part, self._books.end_call)
 
