@@ -116,9 +116,9 @@ def build_resized(model: nn.Module, anatomy: Anatomy, size: Size) -> nn.Module:
     old_modules = dict(model.named_modules())
     sources = [anatomy.blocks[index].path for index in anatomy.block_sources(size.depths)]
     for name, module in resized.named_modules():
-        for new, source in zip(target.blocks, sources, strict=True):
+        for new, old_path in zip(target.blocks, sources, strict=True):
             if name == new.path or name.startswith(f"{new.path}."):
-                name = source + name.removeprefix(new.path)
+                name = old_path + name.removeprefix(new.path)
                 break
         module.training = old_modules[name].training if name in old_modules else model.training
         if name in old_modules:
