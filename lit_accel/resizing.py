@@ -8,6 +8,7 @@ and ``load_from_checkpoint`` alike is ``LightningModule.on_load_checkpoint``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,13 +25,26 @@ from lit_accel.stored_state import require_readable
 CHECKPOINT_KEY = "lit_accel"
 CHECKPOINT_VERSION = 1
 _PATCHED = "_lit_accel_has_size_hooks"
-# Kept on the transformer, so that another one that the user puts in its place is not taken for a small version of it.
+# On the LightningModule: the transformer itself stays what its library made.
 _FULL_SIZE = "_lit_accel_full_size"
-# Beside it, from the setup of a fit until it is known whether a checkpoint is loaded: an earlier run has said so.
-_SAID_EARLIER = "_lit_accel_full_size_was_said_earlier"
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """Optimizer state by parameter name, then by the optimizer's own key."""
+
+
+@dataclass
+class _FullSize:
+    """How large the full model is.
+
+    Args:
+        size: The size.
+        transformer: Of which it was said: another one that the user puts in its place is no small version of it.
+        was_said_earlier: From the setup of a fit until it is known whether a checkpoint is loaded: by an earlier run.
+    """
+
+    size: Size
+    transformer: nn.Module
+    was_said_earlier: bool = False
 
 
 @runtime_checkable
@@ -51,9 +65,8 @@ def replace_transformer(module: nn.Module, path: str, transformer: nn.Module) ->
         path: Where the transformer is, as :func:`~lit_accel.anatomy.find_transformer` returns it.
         transformer: The new one.
     """
-    said = getattr(module.get_submodule(path), _FULL_SIZE, None)
-    if said is not None:
-        setattr(transformer, _FULL_SIZE, said)
+    if (said := _said(module)) is not None:
+        said.transformer = transformer
     parent, _, name = path.rpartition(".")
     module.get_submodule(parent).register_module(name, transformer)
 
@@ -67,9 +80,8 @@ def full_size(module: nn.Module) -> Size:
     Args:
         module: The LightningModule.
     """
-    transformer = find_transformer(module)[1]
-    said: Size | None = getattr(transformer, _FULL_SIZE, None)
-    return anatomy_of(transformer).size if said is None else said
+    said = _said(module)
+    return anatomy_of(find_transformer(module)[1]).size if said is None else said.size
 
 
 def set_full_size(module: nn.Module, size: Size) -> None:
@@ -79,9 +91,12 @@ def set_full_size(module: nn.Module, size: Size) -> None:
         module: The LightningModule.
         size: The size of the full model.
     """
-    transformer = find_transformer(module)[1]
-    setattr(transformer, _FULL_SIZE, size)
-    setattr(transformer, _SAID_EARLIER, False)
+    setattr(module, _FULL_SIZE, _FullSize(size, find_transformer(module)[1]))
+
+
+def _said(module: nn.Module) -> _FullSize | None:
+    said: _FullSize | None = getattr(module, _FULL_SIZE, None)
+    return None if said is None or said.transformer is not find_transformer(module)[1] else said
 
 
 def ensure_built(trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -107,11 +122,9 @@ def ensure_built(trainer: L.Trainer, module: L.LightningModule) -> None:
             strategy.precision_plugin.module_init_context(),
         ):
             module.configure_model()
-    if trainer.state.fn == TrainerFn.FITTING:
-        transformer = find_transformer(module)[1]
+    if trainer.state.fn == TrainerFn.FITTING and (said := _said(module)) is not None:
         # A callback that starts with a small model says itself, at setup, how large the full one is.
-        is_other = not _starts_small(trainer) and full_size(module) != anatomy_of(transformer).size
-        setattr(transformer, _SAID_EARLIER, is_other)
+        said.was_said_earlier = not _starts_small(trainer) and said.size != anatomy_of(said.transformer).size
 
 
 def begin_anew(trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -126,16 +139,16 @@ def begin_anew(trainer: L.Trainer, module: L.LightningModule) -> None:
         trainer: The Trainer, at whose setup :func:`ensure_built` was called.
         module: Its module.
     """
-    path, transformer = find_transformer(module)
-    if trainer.global_step or not getattr(transformer, _SAID_EARLIER, False):
+    said = _said(module)
+    if trainer.global_step or said is None or not said.was_said_earlier:
         return
-    anatomy = anatomy_of(transformer)
-    full = anatomy.at(full_size(module))
+    anatomy, full = anatomy_of(said.transformer), said.size
+    path, _ = find_transformer(module)
     set_full_size(module, anatomy.size)
     rank_zero_warn(
         f"{path} has {anatomy.num_parameters:,} parameters; in an earlier run the full model had "
-        f"{full.num_parameters:,}. This fit begins anew and takes the present model for the full one. To go on with "
-        "that run instead, call fit with ckpt_path and its last checkpoint."
+        f"{anatomy.at(full).num_parameters:,}. This fit begins anew and takes the present model for the full one. To "
+        "go on with that run instead, call fit with ckpt_path and its last checkpoint."
     )
 
 
@@ -150,8 +163,9 @@ def prepare_module(trainer: L.Trainer, module: L.LightningModule) -> None:
         AnatomyError: If there is no transformer of a known family inside.
     """
     ensure_built(trainer, module)
-    # Nothing new is said, but the present size is put on record before the model is resized.
-    setattr(find_transformer(module)[1], _FULL_SIZE, full_size(module))
+    if _said(module) is None:
+        # The present size is put on record before the model is resized.
+        set_full_size(module, full_size(module))
     ensure_resizable(module)
 
 
