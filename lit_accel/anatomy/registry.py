@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
@@ -106,6 +106,21 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     return describe(model)
 
 
+def _transformers(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    # No function inside of another that calls itself: the cycle would keep a model alive that is being replaced.
+    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        # Its compiled forward would go on calling the module that it was made from.
+        raise AnatomyError(
+            f"{path} is wrapped by torch.compile, so that it cannot be replaced by a model of another size. "
+            "Leave it as it is and compile its blocks with lit_accel.anatomy.compile_blocks(model)."
+        )
+    if path and _describe_function(module) is not None:
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _transformers(f"{path}.{name}" if path else name, child)
+
+
 def find_transformer(module: nn.Module) -> tuple[str, nn.Module]:
     """Find the one transformer inside a module, such as the network of a LightningModule.
 
@@ -119,22 +134,7 @@ def find_transformer(module: nn.Module) -> tuple[str, nn.Module]:
     Raises:
         AnatomyError: If there is none, or more than one, or it is wrapped by ``torch.compile``.
     """
-    found: list[tuple[str, nn.Module]] = []
-
-    def visit(path: str, child: nn.Module) -> None:
-        if isinstance(getattr(child, "_orig_mod", None), nn.Module):
-            # Its compiled forward would go on calling the module that it was made from.
-            raise AnatomyError(
-                f"{path} is wrapped by torch.compile, so that it cannot be replaced by a model of another size. "
-                "Leave it as it is and compile its blocks with lit_accel.anatomy.compile_blocks(model)."
-            )
-        if path and _describe_function(child) is not None:
-            found.append((path, child))
-            return
-        for name, grandchild in child.named_children():
-            visit(f"{path}.{name}" if path else name, grandchild)
-
-    visit("", module)
+    found = list(_transformers("", module))
     if len(found) == 1:
         return found[0]
     if found:

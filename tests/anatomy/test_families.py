@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -285,6 +287,21 @@ def test_users_can_register_their_own():
         return anatomy_of(make_model("gpt2-tied", **SIZE))
 
     assert anatomy_of(Other()).family == "gpt2"
+
+
+def test_finding_the_transformer_does_not_keep_it():
+    """A resize looks for what it replaces: the memory of that must not wait for the next collection of garbage."""
+    host = nn.Module()
+    host.backbone = make_model("gpt2-tied", **SIZE)
+    kept = weakref.ref(host.backbone)
+    gc.collect()
+    gc.disable()
+    try:
+        find_transformer(host)
+        host.backbone = nn.Identity()
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_finding_the_transformer():
