@@ -139,6 +139,9 @@ class Block:
         place: Where the block's tokens are, one of :attr:`Anatomy.places`.
         numbering: Those of ``token_dims`` that number the tokens of each sequence, for attention kernels to see where
             one ends: among some of the tokens they are numbers anew, and not a part of the old ones.
+        packing: Arguments that say how sequences are packed into one, each with the argument that holds the boundaries
+            that it goes with: a tensor of where each sequence begins and the last one ends, which goes with itself, or
+            how long the longest sequence is.
         windows: Where the block works on disjoint windows of tokens, how to have it work on some of them.
         ffn: The axis of the neurons of its feed-forward network.
         attributes: Attributes of its modules that follow from axis sizes, such as numbers of heads, as sums and
@@ -155,6 +158,7 @@ class Block:
     branch_outputs: frozenset[str]
     place: str = "token"
     numbering: frozenset[str] = frozenset()
+    packing: Mapping[str, str] = field(default_factory=dict)
     windows: Windows | None = None
     ffn: str = "ffn"
     attributes: Mapping[str, str] = field(default_factory=dict)

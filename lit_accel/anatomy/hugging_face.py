@@ -14,6 +14,12 @@ from lit_accel.anatomy.build import build_without_init
 from lit_accel.anatomy.hugging_face_attention import attend_with, own_implementation
 from lit_accel.anatomy.layouts import Entry, read_layouts, tied_groups
 
+# What attention kernels are given of packed sequences, by all models.
+_PACKING = {
+    **{name: name for name in ("cu_seq_lens_q", "cu_seq_lens_k")},
+    **{f"max_length_{side}": f"cu_seq_lens_{side}" for side in ("q", "k")},
+}
+
 
 @dataclass(frozen=True)
 class HuggingFaceFamily:
@@ -79,6 +85,7 @@ class HuggingFaceFamily:
                 token_dims=self.token_dims,
                 branch_outputs=self.branch_outputs,
                 numbering=self.numbering & self.token_dims.keys(),
+                packing=_PACKING,
                 attributes=self.attributes,
             )
             for index in range(num_blocks)

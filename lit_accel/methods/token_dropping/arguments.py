@@ -6,7 +6,7 @@ Shapes: b batch, t tokens, k kept tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_accel.anatomy import Block
-from lit_accel.methods.token_dropping.packing import BOUNDARIES, LONGEST, boundaries_of_kept, numbers_of_kept
+from lit_accel.methods.token_dropping.packing import boundaries_of_kept, numbers_of_kept
 from lit_accel.routing import BlockCall
 
 
@@ -60,8 +60,8 @@ def restrict(call: BlockCall, block: Block, hidden_states: Tensor, kept_bk: Tens
             return None if value is None else numbers_of_kept(value, kept_bk)
         if name in block.token_dims:
             return _restrict(name, value, block.token_dims[name], kept_bk, num_tokens)
-        if name in BOUNDARIES or name in LONGEST:
-            return _packed(name, given, kept_bk)
+        if name in block.packing:
+            return _packed(name, block.packing, given, kept_bk)
         for tensor in _tensors(value):
             if num_tokens in tensor.shape:
                 raise UnroutableArgumentError(
@@ -147,16 +147,16 @@ def _select(name: str, value: Tensor, dim: int, kept_bk: Tensor) -> Tensor:
     return of_each[batch, kept_bk].movedim(1, dim)
 
 
-def _packed(name: str, given: dict[str, Any], kept_bk: Tensor) -> Any:
+def _packed(name: str, packing: Mapping[str, str], given: dict[str, Any], kept_bk: Tensor) -> Any:
     """Return where packed sequences begin among the kept tokens, or how long the longest of them is."""
-    value, of = given[name], LONGEST.get(name, name)
+    value, of = given[name], packing[name]
     if value is None:
         return None
     if len(kept_bk) > 1:
         raise UnroutableArgumentError(
             f"{name!r} says how sequences are packed into one, and this batch has {len(kept_bk)} of them, each with "
             "kept tokens of its own. Pack all of a batch into one, as DataCollatorWithFlattening does; or leave "
-            f"{', '.join((*BOUNDARIES, *LONGEST))} out and give position_ids."
+            f"{', '.join(packing)} out and give position_ids."
         )
     if not isinstance(given.get(of), Tensor):
         raise UnroutableArgumentError(
@@ -164,7 +164,7 @@ def _packed(name: str, given: dict[str, Any], kept_bk: Tensor) -> Any:
             "kept tokens. Give both, or none of them."
         )
     boundaries = boundaries_of_kept(given[of], kept_bk[0])
-    if name in BOUNDARIES:
+    if name == of:
         return boundaries
     longest = boundaries.diff().max()
     # Kernels want the form that they were given.

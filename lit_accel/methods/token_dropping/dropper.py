@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lit_accel.anatomy import Block
@@ -107,7 +106,7 @@ class TokenDropper:
         """Whether what calls a block now is to see every token."""
         if is_recomputing():
             if self.num_restricted and self.was_spared:
-                raise MisconfigurationException(_AMBIGUOUS)
+                raise RuntimeError(_AMBIGUOUS)
             # What it saw before: a call of the whole model may have been run without gradients first.
             return self.num_restricted == 0
         if self._calls.has_gradients is not None:

@@ -8,11 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k")
-"""What Hugging Face calls the places where packed sequences begin, for attention kernels."""
-LONGEST = dict(zip(("max_length_q", "max_length_k"), BOUNDARIES, strict=True))
-"""What it calls the tokens of the longest of them, each with the boundaries that it goes with."""
-
 
 def numbers_of_kept(numbers: Tensor, kept_bk: Tensor) -> Tensor:
     """Number the kept tokens of each sequence; a new one begins where the old numbers do not go up by one.
