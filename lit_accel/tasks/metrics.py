@@ -1,5 +1,7 @@
 """Means over the tokens or images of a whole held-out set, however they fall into batches and ranks."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -29,12 +31,17 @@ class SampleMean(Metric):
             mean: Mean over the batch's samples, a scalar.
             num_samples: How many there were, a scalar; 0 adds nothing.
         """
-        self.total += mean * num_samples
+        self.total += mean.to(self.total.dtype) * num_samples
         self.num_samples += num_samples
 
     def compute(self) -> Tensor:
         """Return the mean over every sample since the last reset, NaN if there was none."""
         return self.total / self.num_samples
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> "SampleMean":
+        # With `precision="bf16-true"` Lightning turns all of a module into 16 bits. There a sum of a few hundred no
+        # longer grows, and it overflows those of float16.
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
 
 
 class TokenPerplexity(SampleMean):
