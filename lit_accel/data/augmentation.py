@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -60,6 +61,10 @@ class ImageSettings:
             is_one_each = isinstance(values, Sequence) and len(values) == self.in_chans and all(map(is_number, values))
             require(name, values, values is None or is_one_each, wanted)
         require("std", self.std, self.std is None or min(self.std) > 0, "positive")
+
+    def for_timm(self) -> dict[str, Any]:
+        """What an image must go through to be evaluated, in the words of timm's `pretrained_cfg`."""
+        return {**self._shared(), "crop_pct": self.crop_pct}
 
     def training(self) -> ImageTransform:
         """The random transform, to (in_chans, image_size, image_size).
@@ -138,9 +143,31 @@ class ImageSamples(KeyedDataset):
     def sample(self, epoch: int, index: int) -> tuple[Tensor, int]:
         """Returns one image, float32 of shape (in_chans, image_size, image_size), and the number of its class."""
         image, label = self.part[index]
-        image = image.convert("L" if self.in_chans == 1 else "RGB")
+        image = eight_bits(image).convert("L" if self.in_chans == 1 else "RGB")
         if self.draws is None:
             return self.transform(image), label
         # timm draws from the global generators of random, numpy and torch.
         with seeded_globals(*self.draws, epoch, index):
             return self.transform(image), label
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Returns a grey image of more than 8 bits with 8; Pillow cuts off what is above 255, which leaves it white.
+
+    Args:
+        image: An image of any mode.
+
+    Raises:
+        ValueError: If the image does not say how bright its brightest value is.
+    """
+    if image.mode.startswith("I;16"):
+        # 65,535 is 257 times 255.
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        darkest, brightest = cast(tuple[float, float], image.getextrema())
+        if darkest < 0 or brightest > 255:
+            raise ValueError(
+                f"an image of Pillow's mode {image.mode!r} has values from {darkest:g} to {brightest:g}, and nothing"
+                " says which of them is white; save it with 8 bits, or with 16 as a PNG"
+            )
+    return image

@@ -25,7 +25,15 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lit_accel.data.sources import Piece, TextSource
-from lit_accel.data.tokenizers import Encoder, byte_tokenizer, encoder, end_of_text_id, load_tokenizer, train_bpe
+from lit_accel.data.tokenizers import (
+    Encoder,
+    byte_tokenizer,
+    encoder,
+    end_of_text_id,
+    load_tokenizer,
+    num_ids,
+    train_bpe,
+)
 
 VERSION = 1  # of the files; raise it when the same settings give other tokens
 _BATCH_BYTES = 4 << 20  # text encoded at a time
@@ -76,7 +84,9 @@ def corpus_folder(cache_dir: Path, source: TextSource, settings: CorpusSettings)
         del facts["vocab_size"]
     if settings.tokenizer not in ("bytes", "bpe"):
         # Its content and not its name, which may come to stand for something else.
-        facts["tokenizer"] = load_tokenizer(settings.tokenizer).backend_tokenizer.to_str()
+        tokenizer = load_tokenizer(settings.tokenizer)
+        facts["tokenizer"] = tokenizer.backend_tokenizer.to_str()
+        facts["end_of_text"] = end_of_text_id(tokenizer)
     return cache_dir / hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
@@ -157,7 +167,7 @@ def _write_corpus(folder: Path, source: TextSource, settings: CorpusSettings) ->
         tokenizer = load_tokenizer(settings.tokenizer)
     tokenizer.save_pretrained(folder / "tokenizer")
 
-    dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
+    dtype = "uint16" if num_ids(tokenizer) <= 1 << 16 else "uint32"
     encode = encoder(tokenizer, raw_bytes=settings.tokenizer == "bytes")
     digest = hashlib.blake2b(digest_size=16)
     pieces = split(read("Encoding", num_bytes), border)

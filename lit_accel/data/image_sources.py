@@ -122,7 +122,8 @@ class FolderImages:
     """
 
     def __init__(self, root: Path, class_names: list[str] | None = None) -> None:
-        found = sorted(path.name for path in root.iterdir() if path.is_dir())
+        # Names with a dot are of programs: .ipynb_checkpoints, and the ._image.png that macOS writes.
+        found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not found:
             raise ValueError(
                 f"{root} has no folders in it; images must lie in one folder for each class, as {root}/CLASS/image.jpg"
@@ -323,10 +324,15 @@ def _split(images: LabelledImages, val_fraction: float) -> ImageParts:
 def _class_names(dataset: Any, label_column: str) -> list[str]:
     import datasets
 
-    feature = dataset.features[label_column]
+    feature, labels = dataset.features[label_column], dataset.unique(label_column)
     if isinstance(feature, datasets.ClassLabel):
+        if None in labels or min(labels) < 0:
+            raise ValueError(
+                f"the column {label_column!r} has images without a class ({None if None in labels else min(labels)}),"
+                " as test splits do whose labels are kept back; choose another split, or leave them out with"
+                f" dataset.filter(lambda row: row[{label_column!r}] >= 0)"
+            )
         return list(feature.names)
-    labels = dataset.unique(label_column)
     if not all(isinstance(label, int) for label in labels) or min(labels) < 0:
         raise ValueError(
             f"the column {label_column!r} holds {labels[:3]} and not classes, which are a ClassLabel or integers from"
@@ -341,9 +347,10 @@ def _image_names(root: Path, class_name: str) -> list[str]:
 
     names = []
     for folder, inside, files in os.walk(root / class_name, followlinks=True):
-        inside.sort()
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
         relative = Path(folder).relative_to(root)
-        names += [str(relative / file) for file in sorted(files) if is_img_extension(Path(file).suffix.lower())]
+        visible = sorted(file for file in files if not file.startswith("."))
+        names += [str(relative / file) for file in visible if is_img_extension(Path(file).suffix.lower())]
     return names
 
 

@@ -32,8 +32,8 @@ class ImageDataModule(ResumableDataModule):
     `Trainer(use_distributed_sampler=False)`.
 
     A checkpoint holds the position in the data, so that training resumes with exactly the next batch, in the middle
-    of an epoch too. A resume on other classes is refused, and one on other images of the same classes starts its epoch
-    at the beginning, with a warning.
+    of an epoch too. A resume on other classes is refused; one on other images of the same classes, or with another
+    seed, starts its epoch at the beginning, with a warning.
 
     The defaults are gentle, for small images in which left is not right. What DeiT does to ImageNet is in
     `configs/data/imagenet.yaml`.
@@ -128,6 +128,7 @@ class ImageDataModule(ResumableDataModule):
             mean=mean,
             std=std,
         )
+        self.preprocessing = settings.for_timm()
         self._transforms = {"train": settings.training(), "val": settings.evaluation()}
         self._source_arguments: dict[str, Any] = {
             "source": source,
@@ -194,12 +195,9 @@ class ImageDataModule(ResumableDataModule):
                 f" {_few(self.class_names)}, so its outputs mean something else; give the source that it was trained"
                 " on, or load only the weights if this is meant"
             )
-        if state_dict["images"] == self._fingerprint:
-            self.set_position(state_dict["epoch"], state_dict["samples"])
-            return
-        self._start_epoch_again(
-            state_dict["epoch"], "the checkpoint was trained on other images, or with another val_fraction"
-        )
+        is_same = state_dict["images"] == self._fingerprint
+        other = "the checkpoint was trained on other images, or with another val_fraction"
+        self._take_up(state_dict, None if is_same else other)
 
     @cached_property
     def _parts(self) -> ImageParts:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 import torch.distributed
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_accel.arguments import is_whole
@@ -115,12 +116,29 @@ class ResumableDataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position in the data. Subclasses add what it is a position in."""
         epoch, samples = self._position()
-        return {"version": 1, "epoch": epoch, "samples": samples}
+        return {"version": 1, "epoch": epoch, "samples": samples, "seed": self.seed}
 
-    def _start_epoch_again(self, epoch: int, why: str) -> None:
-        """Takes up only the epoch of a checkpoint, where the samples are not those that it counted."""
-        self.set_position(epoch)
-        rank_zero_warn(f"{why}; the data of the current epoch ({epoch}) starts at the beginning")
+    def _take_up(self, state_dict: dict[str, Any], changed: str | None) -> None:
+        """Takes up the position of a checkpoint.
+
+        Args:
+            state_dict: What :meth:`state_dict` has returned.
+            changed: How the samples differ from those that it counted, in words; None if they do not.
+        """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # who evaluates a checkpoint does not go back to its place in the training data
+        epoch, samples = state_dict["epoch"], state_dict["samples"]
+        if changed is None and state_dict.get("seed", self.seed) != self.seed:
+            changed = f"the checkpoint was trained with the data in another order (seed {state_dict['seed']})"
+        if changed is not None:
+            self.set_position(epoch)
+            rank_zero_warn(f"{changed}; the data of the current epoch ({epoch}) starts at the beginning")
+        elif len(self.dataset("train")) - samples < self.batch_size * self._replicas()["num_replicas"]:
+            # With larger steps than before none of them may be left. An epoch without any would be begun again for
+            # ever: one that trained on nothing does not count.
+            self.set_position(epoch + 1)
+        else:
+            self.set_position(epoch, samples)
 
     def _training_sampler(self, dataset: Any, **position: Any) -> ShuffledSampler:
         return ShuffledSampler(dataset, self.batch_size, **position)

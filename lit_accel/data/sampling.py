@@ -74,10 +74,10 @@ class ShuffledSampler(DistributedSampler[Any]):
         begin: Callable[[int], tuple[int, int]] | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
-        self.num_keys, samples_per_step = len(dataset), batch_size * num_replicas
-        if self.num_keys < samples_per_step:
+        self.num_keys, self.samples_per_step = len(dataset), batch_size * num_replicas
+        if self.num_keys < self.samples_per_step:
             raise ValueError(self.too_few(batch_size))
-        self.total_size = self.num_keys // samples_per_step * samples_per_step
+        self.total_size = self.num_keys // self.samples_per_step * self.samples_per_step
         self.num_samples = self.total_size // num_replicas
         self.epoch = start_epoch
         self.start_sample = start_sample
@@ -107,9 +107,11 @@ class ShuffledSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[int]:
         # Does not depend on how often an iterator was made: Lightning makes some that it never reads.
-        start = min(self.start_sample, self.total_size)
+        start = min(self.start_sample, self.num_keys)
+        # After a resume with steps of another size, what is left over is counted from where it goes on.
+        stop = self.num_keys - (self.num_keys - start) % self.samples_per_step
         order = torch.randperm(self.num_keys, generator=generator(self.seed, _ORDER, self.epoch))
-        mine = order[start + self.rank : self.total_size : self.num_replicas]
+        mine = order[start + self.rank : stop : self.num_replicas]
         return iter((mine + self.epoch * self.num_keys).tolist())
 
 

@@ -53,7 +53,9 @@ class FileSource:
         digest = hashlib.blake2b(digest_size=16)
         for path in self.paths:
             stat = path.stat()
-            digest.update(f"{path.relative_to(self.root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            # A name need not be text.
+            digest.update(os.fsencode(path.relative_to(self.root)))
+            digest.update(f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
     def pieces(self) -> Iterator[Piece]:
@@ -96,6 +98,11 @@ class HuggingFaceSource:
         if text_column not in dataset.column_names:
             raise ValueError(
                 f"the dataset has no column {text_column!r}; set text_column to one of {dataset.column_names}"
+            )
+        if getattr(dataset.features[text_column], "dtype", None) not in ("string", "large_string"):
+            raise ValueError(
+                f"the column {text_column!r} is {dataset.features[text_column]} and not text; set text_column to another"
+                f" one of {dataset.column_names}"
             )
         self.dataset = dataset.select_columns([text_column])
         self.text_column = text_column

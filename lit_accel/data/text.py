@@ -17,6 +17,7 @@ from lit_accel.data.tokenizers import (
     BYTES_VOCAB_SIZE,
     byte_tokenizer,
     load_tokenizer,
+    num_ids,
     vocabulary_fingerprint,
 )
 from lit_accel.data.windows import EvaluationSampler, TokenWindows, TrainingSampler, WindowTransform
@@ -47,7 +48,8 @@ class TextDataModule(ResumableDataModule):
     A checkpoint holds the position in the data, so that training resumes with exactly the next batch, in the middle
     of an epoch too. The position counts windows; with another batch size or number of processes no window is
     repeated, but Lightning, which counts batches, ends that epoch early. A resume with a tokenizer whose ids mean
-    something else is refused, and one on another text starts its epoch at the beginning, with a warning.
+    something else is refused; one on another text, or with another block_size or seed, starts its epoch at the
+    beginning, with a warning.
 
     Tokens are made once and cached; see `lit_accel.data.corpus`. Without a Trainer, in a plain loop:
 
@@ -134,7 +136,7 @@ class TextDataModule(ResumableDataModule):
         """Number of rows that the model's embedding needs; known before anything is prepared."""
         if self._settings.tokenizer == "bpe":
             return self._settings.vocab_size
-        return len(self.tokenizer)
+        return num_ids(self.tokenizer)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -175,7 +177,8 @@ class TextDataModule(ResumableDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, and what it is a position in."""
         tokens = self._corpus.tokens_fingerprint
-        return {**super().state_dict(), "tokens": tokens, "vocabulary": self._vocabulary}
+        facts = {"tokens": tokens, "vocabulary": self._vocabulary, "block_size": self.block_size}
+        return {**super().state_dict(), **facts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a position. Call it after `setup("fit")`, as Lightning does.
@@ -189,11 +192,12 @@ class TextDataModule(ResumableDataModule):
                 " tokenizer= to the folder where save_tokenizer() put the one it was trained with (it also lies in"
                 " the cache_dir of that run), or load only the weights if this is meant"
             )
-        if state_dict["tokens"] == self._corpus.tokens_fingerprint:
-            self.set_position(state_dict["epoch"], state_dict["samples"])
-            return
-        why = "the checkpoint was trained on another text, or with another max_bytes or val_fraction"
-        self._start_epoch_again(state_dict["epoch"], why)
+        changed = None
+        if state_dict["tokens"] != self._corpus.tokens_fingerprint:
+            changed = "the checkpoint was trained on another text, or with another max_bytes or val_fraction"
+        elif (block_size := state_dict.get("block_size", self.block_size)) != self.block_size:
+            changed = f"the checkpoint was trained on windows of {block_size} tokens (block_size)"
+        self._take_up(state_dict, changed)
 
     def _open_source(self) -> TextSource:
         return open_source(**self._source_arguments)
@@ -238,7 +242,7 @@ class TextDataModule(ResumableDataModule):
             _masked,
             keys=(self.seed if part == "train" else 0, _MASKS, _PARTS.index(part)),
             mask_id=mask_id,
-            num_tokens=len(self.tokenizer),
+            num_tokens=num_ids(self.tokenizer),
             special_ids=torch.tensor(self.tokenizer.all_special_ids),
             probability=self.mask_probability,
         )

@@ -121,6 +121,11 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return int(token_id)
 
 
+def num_ids(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the largest id: more than there are tokens, where some were taken out of a vocabulary."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def encoder(tokenizer: PreTrainedTokenizerFast, *, raw_bytes: bool) -> Encoder:
     """Makes the function that encodes a corpus: texts to one array of ids each, with no special token in them.
 

@@ -14,6 +14,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from lit_accel.data import ImageDataModule
+from lit_accel.data.augmentation import eight_bits
 from lit_accel.data.idx import read_idx
 from lit_accel.global_draws import seeded_globals
 from tests.data.saving import SaveAlways
@@ -186,6 +187,58 @@ def test_other_classes_are_refused_and_other_images_start_the_epoch_again(tmp_pa
     write_images(tmp_path / "cat")
     with pytest.raises(ValueError, match="10 classes"):
         prepared(source=str(tmp_path), batch_size=1).load_state_dict(state)
+
+
+def test_another_seed_is_another_order(tmp_path):
+    data = prepared(**STRONG)
+    data.set_position(3, samples=16)
+    other = prepared(**{**STRONG, "seed": 5})
+    with pytest.warns(UserWarning, match="another order"):
+        other.load_state_dict(data.state_dict())
+    assert (other.state_dict()["epoch"], other.state_dict()["samples"]) == (3, 0)
+
+
+def test_grey_images_of_sixteen_bits_keep_their_shades():
+    ramp = np.linspace(0, 65_535, 64, dtype=np.uint16).reshape(8, 8)
+    got = np.asarray(eight_bits(Image.fromarray(ramp)))
+    assert got.dtype == np.uint8
+    assert np.abs(got - ramp / 257).max() <= 0.5
+    small = Image.fromarray((ramp // 257).astype(np.int32))
+    assert np.array_equal(np.asarray(eight_bits(small).convert("L")), ramp // 257)
+    with pytest.raises(ValueError, match="which of them is white"):
+        eight_bits(Image.fromarray(ramp.astype(np.int32)))
+
+
+def test_images_of_sixteen_bits_in_a_folder(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            Image.fromarray(np.full((8, 8), 32_896, np.uint16)).save(tmp_path / name / f"{index}.png")
+    data = prepared(source=str(tmp_path), image_size=8, in_chans=1, batch_size=2, mean=(0.0,), std=(1.0,))
+    images, _ = next(iter(data.train_dataloader()))
+    assert torch.allclose(images, torch.full_like(images, 128 / 255))
+
+
+def test_what_programs_leave_in_folders_is_no_class(tmp_path):
+    for name in ("ant/0.png", "bee/0.png", "bee/._0.png", ".ipynb_checkpoints/0.png", "ant/.thumbs/0.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.name == "._0.png":
+            path.write_bytes(b"no image")
+        else:
+            Image.new("L", (4, 4)).save(path, format="PNG")
+    data = prepared(source=str(tmp_path), batch_size=1, val_fraction=0.5)
+    assert data.class_names == ["ant", "bee"]
+    assert len(data.dataset("train")) + len(data.dataset("val")) == 2
+
+
+def test_labels_that_are_kept_back(tmp_path):
+    labels = ClassLabel(names=["ant", "bee"])
+    features = Features({"picture": ImageFeature(), "kind": labels})
+    images = [Image.new("RGB", (6, 6)) for _ in range(4)]
+    Dataset.from_dict({"picture": images, "kind": [-1] * 4}, features=features).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match="without a class"):
+        prepared(source=f"hf:{tmp_path / 'set'}", **COLUMNS)
 
 
 def test_checkpoints_are_read_with_weights_only(tmp_path):

@@ -188,6 +188,59 @@ def test_another_text_starts_the_epoch_again_and_says_so(tmp_path):
     assert data.state_dict()["samples"] == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"block_size": 30}, "windows of 60"), ({"seed": 3}, "another order")]
+)
+def test_another_order_of_other_windows_starts_the_epoch_again_and_says_so(tmp_path, changes, message):
+    saver = SaveAlways(tmp_path)
+    run(tmp_path, callbacks=[saver], max_epochs=1)
+    module, data = (
+        Recorder(),
+        TextDataModule(**{**DATA, "objective": "masked", **changes}, cache_dir=tmp_path / "cache"),
+    )
+    trainer = make_trainer(tmp_path, strategy="auto", max_epochs=2)
+    with pytest.warns(UserWarning, match=f"{message}.* starts at the beginning"):
+        trainer.fit(module, data, ckpt_path=next(path for path, n in saver.batches_before.items() if n == 5))
+    assert module.seen
+
+
+@pytest.mark.parametrize("batch_size", [4, 5, 14])
+@pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_steps": 9, "max_epochs": -1}], ids=["epochs", "steps"])
+def test_larger_batches_near_the_end_of_an_epoch(tmp_path, batch_size, length):
+    """Fourteen windows, of which twelve were seen: no whole batch may be left, but other epochs are."""
+    saver = SaveAlways(tmp_path)
+    run(tmp_path, callbacks=[saver], max_epochs=1)
+    path = next(path for path, before in saver.batches_before.items() if before == 6)
+    module, data = Recorder(), TextDataModule(**{**DATA, "batch_size": batch_size}, cache_dir=tmp_path / "cache")
+    make_trainer(tmp_path, strategy="auto", **length).fit(module, data, ckpt_path=path)
+    assert len(module.seen) >= 14 // batch_size
+    assert len({len(batch) for batch in module.seen}) == 1  # all of them whole
+    if "max_steps" in length:
+        assert len(module.seen) == 9 - 6
+
+
+def test_evaluating_a_checkpoint_does_not_go_back_to_its_place_in_the_data(tmp_path):
+    saver = SaveAlways(tmp_path)
+    whole = run(tmp_path, max_epochs=3)
+    module, data = Recorder(), TextDataModule(**DATA, objective="masked", cache_dir=tmp_path / "cache")
+    trainer = make_trainer(tmp_path, strategy="auto", callbacks=[saver], max_epochs=2)
+    trainer.fit(module, data)
+    first = next(path for path, before in saver.batches_before.items() if before == 7 and "epoch" in path)
+    trainer.validate(module, data, ckpt_path=first)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, data)
+    assert module.seen == whole
+
+
+def test_evaluating_on_other_text_warns_of_nothing(tmp_path, recwarn):
+    saver = SaveAlways(tmp_path)
+    run(tmp_path, callbacks=[saver], max_epochs=1)
+    data = TextDataModule(**{**DATA, "max_bytes": 1500}, cache_dir=tmp_path / "cache")
+    trainer = make_trainer(tmp_path, strategy="auto", max_epochs=1)
+    trainer.validate(Recorder(), data, ckpt_path=next(iter(saver.batches_before)))
+    assert not [warning for warning in recwarn if "starts at the beginning" in str(warning.message)]
+
+
 def test_without_a_trainer(tmp_path):
     data = TextDataModule(**DATA, cache_dir=tmp_path)
     data.prepare_data()

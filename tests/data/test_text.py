@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from lit_accel.data import TextDataModule
@@ -117,15 +120,17 @@ def test_the_cache_is_used_again_and_never_stale(tmp_path, cache):
     num_replicas=st.integers(1, 4),
     epoch=st.integers(0, 3),
     done=st.integers(0, 100),
+    is_whole=st.booleans(),
 )
-def test_each_window_once_an_epoch_over_all_ranks(num_windows, batch_size, num_replicas, epoch, done):
+def test_each_window_once_an_epoch_over_all_ranks(num_windows, batch_size, num_replicas, epoch, done, is_whole):
     windows = TokenWindows(None, "uint16", num_windows * 4, 4, None)  # type: ignore[arg-type]
     step = batch_size * num_replicas
     if num_windows < step:
         with pytest.raises(ValueError, match="fewer than"):
             TrainingSampler(windows, batch_size, num_replicas=num_replicas)
         return
-    done = min(done, num_windows // step) * step
+    # After a resume with another batch size or number of processes it need not be a multiple of the step.
+    done = min(done, num_windows // step) * step if is_whole else min(done, num_windows)
 
     def ranks(start):
         samplers = [
@@ -142,8 +147,15 @@ def test_each_window_once_an_epoch_over_all_ranks(num_windows, batch_size, num_r
     seen = [key for keys in whole for key in keys]
     assert len(seen) == len(set(seen)) == num_windows // step * step
     assert set(seen) <= set(range(num_windows))
-    # Starting later is the rest of the same order.
-    assert ranks(done) == [keys[done // num_replicas :] for keys in whole]
+    # Starting later is the rest of the same order, in whole steps.
+    rest, order = ranks(done), [key for step_keys in zip(*whole, strict=True) for key in step_keys]
+    assert {len(keys) for keys in rest} == {(num_windows - done) // step * batch_size}
+    if is_whole:
+        assert rest == [keys[done // num_replicas :] for keys in whole]
+    later = [key for step_keys in zip(*rest, strict=True) for key in step_keys]
+    common = max(0, min(len(order) - done, len(later)))
+    assert later[:common] == order[done : done + common]
+    assert not set(later) & set(order[:done])
 
 
 @given(num_windows=st.integers(4, 60), num_replicas=st.integers(1, 4), wanted=st.integers(4, 80))
@@ -243,6 +255,44 @@ def test_setup_before_prepare_data(tmp_path):
 def test_a_folder_without_matching_files(tmp_path, cache):
     with pytest.raises(ValueError, match="file_pattern"):
         prepared(cache, source=str(tmp_path))
+
+
+def test_another_end_of_text_is_another_corpus(tmp_path, cache):
+    (tmp_path / "a.txt").write_text("one " * 400)
+    folders = []
+    for end_of_text in ("<|endoftext|>", "<|sep|>"):
+        tokenizer = byte_tokenizer()
+        tokenizer.eos_token = end_of_text
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        data = prepared(cache, source=str(tmp_path), tokenizer=str(tmp_path / "tokenizer"))
+        folders.append(data._folder)
+        written = np.concatenate([np.fromfile(data._folder / f"{part}.bin", "<u2") for part in ("train", "val")])
+        assert (written == tokenizer.eos_token_id).sum() == 2  # the border is in the only document
+    assert folders[0] != folders[1]
+
+
+def test_ids_with_gaps(tmp_path, cache):
+    """Of a vocabulary from which tokens were taken out, the largest id is more than there are tokens."""
+    (tmp_path / "a.txt").write_text("hello world " * 400)
+    words = Tokenizer(models.WordLevel({"hello": 0, "world": 70_000, "<eos>": 2}, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    data = prepared(cache, source=str(tmp_path), tokenizer=str(tmp_path / "tokenizer.json"), block_size=16)
+    assert data.vocab_size == 70_001
+    ids = torch.cat([batch["input_ids"].flatten() for batch in data.train_dataloader()])
+    assert {0, 70_000} <= set(ids.tolist()) <= {0, 2, 70_000}
+
+
+def test_file_names_need_not_be_text(tmp_path, cache):
+    for name in (b"\xff.txt", b"b.txt"):
+        (tmp_path / os.fsdecode(name)).write_text("one " * 400)
+    prepared(cache, source=str(tmp_path), tokenizer="bytes")
+
+
+def test_a_column_of_numbers(tmp_path, cache):
+    Dataset.from_dict({"text": [1, 2]}).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match="not text; set text_column"):
+        prepared(cache, source=f"hf:{tmp_path / 'set'}")
 
 
 def test_a_missing_column(tmp_path, cache):
