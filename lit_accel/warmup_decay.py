@@ -9,6 +9,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_accel.schedules import Decay, decay_factor, num_steps_of, warmup_decay_factor
 
 
+SCHEDULED_LR = "scheduled_lr"
+"""Where a parameter group holds the schedule's own learning rate while what it trains with is a multiple of that."""
+
+
 class WarmupDecay(LRScheduler):
     """Linear warm-up, then decay to zero at the end of the run.
 
@@ -66,13 +70,7 @@ class WarmupDecay(LRScheduler):
             num_total_steps: Length of the run in optimizer steps.
         """
         self.num_total_steps = num_total_steps
-        learning_rates = self._closed_form()
-        for group, learning_rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(learning_rate)
-            else:
-                group["lr"] = learning_rate
-        self._last_lr = learning_rates
+        self._set_closed_form()
 
     def get_lr(self) -> list[float | Tensor]:
         """Compute the learning rate of each parameter group at the present step."""
@@ -91,6 +89,22 @@ class WarmupDecay(LRScheduler):
         """Return the position in the run, as primitives; the curve is configuration and left out."""
         configuration = ("num_warmup_steps", "decay", "num_total_steps")
         return {key: value for key, value in super().state_dict().items() if key not in configuration}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a position in the run, and set the learning rate that the curve of now has there."""
+        super().load_state_dict(state_dict)
+        if not self.needs_total:
+            self._set_closed_form()
+
+    def _set_closed_form(self) -> None:
+        learning_rates = self._closed_form()
+        for group, learning_rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
+            name = SCHEDULED_LR if SCHEDULED_LR in group else "lr"
+            if isinstance(group[name], Tensor):
+                group[name].fill_(learning_rate)
+            else:
+                group[name] = learning_rate
+        self._last_lr = learning_rates
 
     def _closed_form(self) -> list[float | Tensor]:
         num_total_steps = self.num_total_steps or 0

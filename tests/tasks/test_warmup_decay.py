@@ -3,6 +3,7 @@ import pickle
 import pytest
 import torch
 
+from lit_accel.methods.multilevel.learning_rate import apply_lr_factor, restore_scheduled_lr
 from lit_accel.schedules import warmup_decay_factor
 from lit_accel.tasks import WarmupDecay
 
@@ -92,10 +93,25 @@ def test_a_run_resumed_with_another_length_follows_the_new_curve():
     first = WarmupDecay(optimizer(), num_total_steps=4)
     learning_rates(first, 4)
     second = WarmupDecay(optimizer(), num_total_steps=8)
+    # Lightning restores optimizers first, with the rate that the old curve had.
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
     second.load_state_dict(first.state_dict())
+    assert [group["lr"] for group in second.optimizer.param_groups] == [peak * 4 / 8 for peak in PEAKS]
     second.optimizer.step()
     second.step()
     assert second.get_last_lr() == [peak * 3 / 8 for peak in PEAKS]
+
+
+def test_a_multiple_of_the_rate_is_left_to_who_multiplies():
+    first = WarmupDecay(optimizer(), num_total_steps=4)
+    apply_lr_factor([first.optimizer], 3.0)
+    second = WarmupDecay(optimizer(), num_total_steps=8)
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    restore_scheduled_lr([first.optimizer])
+    learning_rates(first, 2)
+    second.load_state_dict(first.state_dict())
+    apply_lr_factor([second.optimizer], 2.0)
+    assert [group["lr"] for group in second.optimizer.param_groups] == [2 * peak * 6 / 8 for peak in PEAKS]
 
 
 def test_it_can_be_pickled():

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from lit_accel.warmup_decay import SCHEDULED_LR
+
 if TYPE_CHECKING:
     # A Trainer is worked on, but none is needed: the core imports no Lightning.
     import lightning.pytorch as L
-
-_SCHEDULED = "scheduled_lr"
 
 
 class LearningRateFactor:
@@ -54,7 +54,7 @@ def apply_lr_factor(optimizers: Iterable[Optimizer], factor: float) -> None:
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            scheduled = group.setdefault(_SCHEDULED, group["lr"])
+            scheduled = group.setdefault(SCHEDULED_LR, group["lr"])
             group["lr"] = scheduled * factor
 
 
@@ -66,5 +66,5 @@ def restore_scheduled_lr(optimizers: Iterable[Optimizer]) -> None:
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            if _SCHEDULED in group:
-                group["lr"] = group.pop(_SCHEDULED)
+            if SCHEDULED_LR in group:
+                group["lr"] = group.pop(SCHEDULED_LR)
