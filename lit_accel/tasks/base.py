@@ -56,7 +56,7 @@ class LanguageModeling(TransformerTask):
             model's.
         optimizer: Makes the optimizer from parameter groups. Default: AdamW with torch's own settings.
         lr_scheduler: Makes a scheduler from the optimizer, stepped every optimizer step (Lightning's
-            ``ReduceLROnPlateau``: after validation). ``None``, the default, keeps the learning rate constant.
+            ``ReduceLROnPlateau``: at the end of each epoch). ``None``, the default, keeps the rate constant.
         weight_decay: Decay of parameters with two or more dimensions; the others have none. ``None``, the
             default, leaves it to the optimizer's own argument.
         compile_blocks: Whether to ``torch.compile`` each block of the transformer. Needs a registered
@@ -101,7 +101,7 @@ class LanguageModeling(TransformerTask):
         data = getattr(self.trainer, "datamodule", None)
         check_text(type(self).__name__, self.model, data, self.objective)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def check_batch(self, batch: Any) -> None:
         """Refuse a batch that is none of text.
 
         Raises:

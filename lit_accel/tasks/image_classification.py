@@ -58,7 +58,7 @@ class ImageClassification(TransformerTask):
         seed: Seed of mixup and cutmix. What a batch gets depends on ``(seed, step, batch, rank)`` only.
         optimizer: Makes the optimizer from parameter groups. Default: AdamW with torch's own settings.
         lr_scheduler: Makes a scheduler from the optimizer, stepped every optimizer step (Lightning's
-            ``ReduceLROnPlateau``: after validation). ``None``, the default, keeps the learning rate constant.
+            ``ReduceLROnPlateau``: at the end of each epoch). ``None``, the default, keeps the rate constant.
         weight_decay: Decay of parameters with two or more dimensions, except those that the model's
             ``no_weight_decay()`` names; the others have none. ``None``, the default, leaves it to the optimizer's own
             argument.
@@ -125,7 +125,7 @@ class ImageClassification(TransformerTask):
         has_pairs = self._mixup is not None
         check_images(type(self).__name__, self.model, data, num_classes=self.num_classes, has_pairs=has_pairs)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def check_batch(self, batch: Any) -> None:
         """Refuse a batch that is none of images.
 
         Raises:
@@ -193,15 +193,21 @@ class ImageClassification(TransformerTask):
     def save_pretrained(self, folder: str, model: nn.Module | None = None) -> None:
         """Write the model as timm does: ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it.
 
+        What the images of an :class:`~lit_accel.data.ImageDataModule` went through, and what its classes are called,
+        is written too, so that ``timm.data.resolve_model_data_config`` gives the transforms that the model knows.
+
         Args:
             folder: Where to write; created if missing.
             model: What to write instead of ``self.model``, such as what a strategy has gathered of it.
         """
         from timm.models import save_for_hf
 
-        save_for_hf(
-            self.model if model is None else model, folder, model_args=self._model_args, safe_serialization=True
-        )
+        saved: Any = self.model if model is None else model
+        data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        saved.pretrained_cfg = {**saved.pretrained_cfg, **getattr(data, "preprocessing", {})}
+        names = getattr(data, "class_names", ())
+        labels = {"label_names": list(names)} if len(names) == self.num_classes else {}
+        save_for_hf(saved, folder, model_config=labels, model_args=self._model_args, safe_serialization=True)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         images_bchw, targets_b = batch

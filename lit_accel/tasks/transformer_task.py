@@ -1,8 +1,10 @@
 """What all tasks have in common: an optimizer that is made anew after a resize, its schedule, compiled blocks."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
@@ -23,7 +25,7 @@ class TransformerTask(ResizableMixin, LightningModule):
     Args:
         optimizer: Makes the optimizer from parameter groups.
         lr_scheduler: Makes a scheduler from the optimizer, stepped every optimizer step (Lightning's
-            ``ReduceLROnPlateau``: after validation). ``None`` keeps the learning rate constant.
+            ``ReduceLROnPlateau``: at the end of each epoch). ``None`` keeps the learning rate constant.
         weight_decay: Decay of the parameters that decay, see :func:`~lit_accel.tasks.weight_decay_groups`; ``None``
             leaves it to the optimizer's own argument.
         compile_blocks: Whether to ``torch.compile`` each block of the transformer. Needs a registered anatomy.
@@ -48,6 +50,26 @@ class TransformerTask(ResizableMixin, LightningModule):
         self._lr_scheduler = lr_scheduler
         self._weight_decay = weight_decay
         self._compile_blocks = compile_blocks
+
+    @abstractmethod
+    def check_batch(self, batch: Any) -> None:
+        """Refuse a batch that the task cannot learn from.
+
+        Raises:
+            TypeError: If it is one.
+        """
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Check the batch."""
+        self.check_batch(batch)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Check the batch: the first that a run sees is one of validation."""
+        self.check_batch(batch)
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Check the batch."""
+        self.check_batch(batch)
 
     def configure_model(self) -> None:
         """Compile the blocks, if that was asked for."""

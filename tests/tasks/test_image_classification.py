@@ -1,4 +1,5 @@
 import functools
+import json
 import random
 
 import numpy as np
@@ -215,6 +216,18 @@ def test_save_pretrained_writes_what_timm_loads(model, tmp_path):
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     images, _ = make_batch()
     assert torch.equal(again(images), task.eval()(images))
+
+
+def test_what_images_went_through_is_saved_with_the_model(tmp_path):
+    data = ImageDataModule(image_size=8, in_chans=1, crop_pct=0.8, mean=(0.1,), std=(0.3,), interpolation="bilinear")
+    task = make_task(num_classes=10)
+    callbacks = [SavePretrained(str(tmp_path / "out"))]
+    trainer_of(tmp_path, max_steps=1, callbacks=callbacks).fit(task, data)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    config = timm.data.resolve_model_data_config(loaded)
+    given = {"mean": (0.1,), "std": (0.3,), "crop_pct": 0.8, "interpolation": "bilinear", "input_size": (1, 8, 8)}
+    assert {name: tuple(v) if isinstance(v := config[name], list) else v for name in given} == given
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["label_names"] == [str(i) for i in range(10)]
 
 
 def test_models_of_any_size_ignore_the_size_of_the_images():

@@ -120,6 +120,39 @@ def test_held_out_metrics_weigh_every_token_the_same(model_type, tmp_path):
     assert {name.replace("test/", "val/"): value for name, value in tested.items()} == logged
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+def test_held_out_metrics_add_up_in_32_bits(precision, tmp_path):
+    """A sum of 16 bits stops growing after some hundred tokens, or overflows."""
+    task = make_task()
+    trainer = make_trainer(tmp_path, precision=precision)
+    batches = Batches(num_batches=40)
+    got = trainer.validate(task, batches, verbose=False)[0]
+    expected = make_trainer(tmp_path).validate(make_task(), batches, verbose=False)[0]
+    assert got["val/loss"] == pytest.approx(expected["val/loss"], rel=0.01)
+    assert got["val/perplexity"] == pytest.approx(math.exp(got["val/loss"]), rel=1e-5)
+
+
+def test_the_first_batch_that_a_run_sees_is_checked(tmp_path):
+    data = Batches()
+    data.val_dataloader = lambda: DataLoader([[torch.zeros(1, 3)]], batch_size=None)
+    with pytest.raises(TypeError, match="mappings with input_ids"):
+        make_trainer(tmp_path, num_sanity_val_steps=1).fit(make_task(), data)
+
+
+def test_positions_are_those_that_tokens_can_have(tmp_path):
+    """RoBERTa's begin after that of padding."""
+    task = MaskedLM("roberta", overrides={**BERT, "max_position_embeddings": 18}, vocab_size=VOCAB_SIZE)
+    for length, message in ((16, None), (17, "positions for 16")):
+        data = Batches()
+        data.block_size = length
+        trainer = make_trainer(tmp_path, limit_val_batches=0, max_steps=1)
+        if message is None:
+            trainer.fit(task, data)
+        else:
+            with pytest.raises(ValueError, match=message):
+                trainer.fit(task, data)
+
+
 def test_a_batch_without_targets_costs_nothing():
     task, batch = make_task(), make_batch()
     loss = task.training_step({**batch, "labels": torch.full_like(batch["labels"], -100)}, 0)
