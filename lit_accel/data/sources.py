@@ -101,8 +101,8 @@ class HuggingFaceSource:
             )
         if getattr(dataset.features[text_column], "dtype", None) not in ("string", "large_string"):
             raise ValueError(
-                f"the column {text_column!r} is {dataset.features[text_column]} and not text; set text_column to another"
-                f" one of {dataset.column_names}"
+                f"the column {text_column!r} is {dataset.features[text_column]} and not text; set text_column to"
+                f" another one of {dataset.column_names}"
             )
         self.dataset = dataset.select_columns([text_column])
         self.text_column = text_column

@@ -47,14 +47,8 @@ class Frontier:
     shared: tuple[float, float] = (0.0, 0.0)
 
     @property
-    def losses(self) -> tuple[float, float]:
-        """The lowest and the highest measured end: nothing is said outside."""
-        losses = np.concatenate([cell.losses for cell in self.cells])
-        return float(losses.min()), float(losses.max())
-
-    @property
     def log_costs(self) -> tuple[float, float]:
-        """Natural logarithms of the lowest and the highest budget's cost."""
+        """Natural logarithms of the lowest and the highest budget's cost: nothing is said outside."""
         means = [cell.mean[0] for cell in self.cells]
         return float(min(means)), float(max(means))
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
 from lit_accel.report.curve import Curves
 from lit_accel.report.frontier import NUM_DRAWS, Frontier
 from lit_accel.report.noise import Cell, Noise, estimate_noise
+
+_OUTSIDE = "outside the measured range"
+_ROUNDING = 1e-6  # of the logarithm of a cost
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Saving:
         loss: Where it ended; the mean of its seeds.
         dense_cost: What dense training costs to end there; ``None`` if that cannot be said.
         reason: Why not, or ``None``.
+        outside: ``"better"`` or ``"worse"`` where the loss is one of no measured budget: dense training would end there
+            with more than the largest, or with less than the smallest.
         median: The median of the draws; ``None`` without an interval.
         low: Where the 95 % interval of the saving begins; minus infinity where draws left the measured range.
         high: Where it ends; infinity where draws left the measured range.
@@ -34,6 +40,7 @@ class Saving:
     loss: float
     dense_cost: float | None
     reason: str | None
+    outside: Literal["better", "worse"] | None = None
     median: float | None = None
     low: float | None = None
     high: float | None = None
@@ -63,13 +70,13 @@ def saving_against(
     cost = float(np.exp(log_cost))
     if frontier.curve is None:
         return Saving(cost, loss, None, "no dense frontier")
-    low, high = frontier.losses
-    if not low <= loss <= high:
-        side = "better" if loss < low else "worse"
-        return Saving(cost, loss, None, f"outside the measured range: {side} than every dense end on the curve")
+    low, high = frontier.log_costs
     dense_log_cost = float(frontier.curve.log_cost(np.array([loss]))[0])
-    if not np.isfinite(dense_log_cost):
-        return Saving(cost, loss, None, "outside the measured range: at or below the floor of the dense curve")
+    # By the cost and not by the loss: one lucky seed at the largest budget measures nothing beyond that budget.
+    if not low - _ROUNDING <= dense_log_cost <= high + _ROUNDING:
+        if dense_log_cost > high:
+            return Saving(cost, loss, None, f"{_OUTSIDE}: better than dense training at its largest budget", "better")
+        return Saving(cost, loss, None, f"{_OUTSIDE}: worse than dense training at its smallest budget", "worse")
     dense_cost = float(np.exp(dense_log_cost))
     drawn = _draw_frontiers(frontier, tuple(arm), num_draws, seed)
     if drawn is None:
@@ -77,11 +84,10 @@ def saving_against(
     noise, scales, curves = drawn
     drawn_means = noise.draw([cell], scales, np.random.default_rng([seed, 1]), frontier.shared)
     drawn_cost, drawn_loss = drawn_means[:, 0].T
-    savings = -np.expm1(drawn_cost - curves.log_cost(drawn_loss))
-    is_better, is_worse = drawn_loss < low, drawn_loss > high
-    # A floor above the loss: dense training would not get there at any cost, as far as this draw can tell.
-    is_better |= curves.exists & (drawn_loss <= curves.floor)
-    is_unknown = ~curves.exists & ~is_better & ~is_worse
+    # Infinite at and below the floor: dense training would not get there at any cost, as far as this draw can tell.
+    drawn_dense = curves.log_cost(drawn_loss)
+    savings = -np.expm1(drawn_cost - drawn_dense)
+    is_better, is_worse, is_unknown = drawn_dense > high, drawn_dense < low, ~curves.exists
     # Draws outside are not cut: they are worse or better than any number, and those without a curve may be either.
     at_worst = np.where(is_worse | is_unknown, -np.inf, np.where(is_better, np.inf, savings))
     at_best = np.where(is_better | is_unknown, np.inf, np.where(is_worse, -np.inf, savings))

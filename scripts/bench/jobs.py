@@ -16,7 +16,6 @@ from scripts.bench.study import (
     ARMS,
     DENSE,
     DENSE_RATES,
-    DENSE_SEEDS,
     RUNGS,
     SEEDS,
     SMALLER_RATES,
@@ -129,7 +128,7 @@ class Study:
     def seeds(self, arm: Arm, budget: float) -> tuple[int, ...]:
         """Return the seeds of an arm at a budget."""
         is_frontier = arm.role == "dense" and budget <= max(self.rung.budgets)
-        return DENSE_SEEDS if is_frontier else arm.seeds
+        return self.rung.dense_seeds if is_frontier else arm.seeds
 
     def controls(self, arm: Arm, budget: float) -> Iterator[Job]:
         """Yield dense runs at a method's cost (B1), and those of a smaller model in as many steps (B2)."""

@@ -141,10 +141,9 @@ def _interval(panel: Axes, row: int, reading: Reading, saving: Saving, evidence:
     order = evidence.rung.budgets.index(reading.budget)
     height = row + 0.24 * (order - (len(evidence.rung.budgets) - 1) / 2)
     colour = _GREY if reading.arm.lr_of == SMALLER_RATES else COLOURS[order][0]
-    best, worst = evidence.in_flops.losses
     share, low, high = saving.share, saving.low, saving.high
     if share is None:
-        share = -np.inf if reading.loss[0] > worst else np.inf if reading.loss[0] < best else np.nan
+        share = {"worse": -np.inf, "better": np.inf, None: np.nan}[saving.outside]
     if low is not None and high is not None:
         ends = np.clip([low, high], _LEAST, _MOST)
         panel.plot(ends, [height, height], color=colour, linewidth=2, solid_capstyle="butt")

@@ -20,12 +20,14 @@ def verdict(evidence: Evidence, arm: Arm) -> tuple[Verdict, str]:
         arm: The method.
     """
     readings = evidence.of(arm.name)
-    run = {reading.budget for reading in readings}
     missing = [
         f"{what} at budget {' and '.join(f'x{budget:g}' for budget in budgets)} are missing"
         for what, budgets in (
             ("controls", [each.budget for each in readings if each.b1 is None or each.b2 is None]),
-            ("runs", [budget for budget in evidence.rung.budgets if budget not in run]),
+            # Who does not know yet whether the bench can be trusted passes no judgement by it.
+            ("runs of the null method", _not_run(evidence, "null")),
+            ("runs of half the rate", _not_run(evidence, "half-lr")),
+            ("runs", _not_run(evidence, arm.name)),
         )
         if budgets
     ]
@@ -47,6 +49,11 @@ def verdict(evidence: Evidence, arm: Arm) -> tuple[Verdict, str]:
     if all(_loses(evidence, reading) for reading in readings):
         return "does not help", reasons
     return "undecided", reasons
+
+
+def _not_run(evidence: Evidence, arm: str) -> list[float]:
+    run = {reading.budget for reading in evidence.of(arm)}
+    return [budget for budget in evidence.rung.budgets if budget not in run]
 
 
 def null_holds(evidence: Evidence, cost: Cost = "flops") -> bool | None:
@@ -79,8 +86,7 @@ def _loses(evidence: Evidence, reading: Reading) -> bool:
     is_below = saving.high is not None and saving.high < 0
     # Worse than the cheapest dense run, and dearer: nothing was saved, though nobody can say how much was lost.
     cheapest, _ = evidence.in_flops.log_costs
-    is_worse = saving.share is None and reading.loss[0] > evidence.in_flops.losses[1]
-    is_far_below = is_worse and saving.cost >= math.exp(cheapest)
+    is_far_below = saving.outside == "worse" and saving.cost >= math.exp(cheapest)
     return is_below or is_far_below or reading.loses_to_a_control
 
 

@@ -10,7 +10,7 @@ from scipy.stats import false_discovery_control
 
 from scripts.bench.analysis import Evidence, holm, read_study
 from scripts.bench.log import append, read_log
-from scripts.bench.study import GPT
+from scripts.bench.study import GPT, NULL_SEEDS
 from scripts.bench.verdicts import verdict
 from tests.bench.planted import DEVIATION, EXCESS, FLOOR, POWER, SHARES, planted_log
 
@@ -121,7 +121,7 @@ def test_a_cheap_run_that_ends_above_the_frontier_is_no_answer_by_itself():
     rows = [row for row in planted_log({"mst-units": 1.3}) if (row["arm"], row["budget"]) != ("dense", 0.25)]
     evidence = Evidence(GPT, rows, 100)
     (reading, _) = evidence.of("mst-units")
-    assert reading.loss[0] > evidence.in_flops.losses[1]
+    assert reading.in_flops.outside == "worse"
     assert reading.b1 is None
     (arm,) = [arm for arm in evidence.study.others if arm.name == "mst-units"]
     assert verdict(evidence, arm)[0] == "not finished"
@@ -150,11 +150,17 @@ def test_reading_a_dense_run_in_midway_saves_without_any_method(evidence):
 
 @pytest.mark.parametrize(
     ("missing", "what"),
-    [("vcycle", "runs"), *((name, "controls") for name in ("dense-0.575", "smaller-4", "smaller-5"))],
+    [
+        ("vcycle", "runs"),
+        *((name, "controls") for name in ("dense-0.575", "smaller-4", "smaller-5")),
+        ("null", "runs of the null method"),
+        ("half-lr", "runs of half the rate"),
+    ],
 )
 def test_a_verdict_waits_for_every_run_of_the_method_and_of_its_controls(rows, missing, what):
+    seed = NULL_SEEDS[0] if missing == "null" else 1
     evidence = Evidence(
-        GPT, [row for row in rows if (row["arm"], row["budget"], row["seed"]) != (missing, 2.0, 1)], 100
+        GPT, [row for row in rows if (row["arm"], row["budget"], row["seed"]) != (missing, 2.0, seed)], 100
     )
     (arm,) = [arm for arm in evidence.study.others if arm.name == "vcycle"]
     word, why = verdict(evidence, arm)

@@ -112,7 +112,7 @@ def test_without_dense_runs_there_is_a_report_without_savings(tmp_path):
 
 def test_many_draws_outside_are_said(tmp_path):
     write_dense(tmp_path, deviation=0.02)
-    write_arm(tmp_path, "method", 3.6, 0.09, deviation=0.02, seed=3)
+    write_arm(tmp_path, "method", 3.2, 0.09, deviation=0.02, seed=3)
     made = report([tmp_path], output=tmp_path)
     assert made.results[0].in_flops.share_outside > 0.05
     assert any("of the draws in FLOPs" in warning for warning in made.warnings)

@@ -87,15 +87,27 @@ def test_nothing_is_extrapolated(budget, side):
     found = saving_against(frontier_of(dense), arm, [arm])
     assert found.share is None
     assert found.low is found.high is found.median is None
-    assert found.reason == f"outside the measured range: {side} than every dense end on the curve"
+    assert found.outside == side
+    assert found.reason is not None and found.reason.startswith(f"outside the measured range: {side} than dense")
+
+
+def test_a_lucky_seed_at_the_largest_budget_measures_nothing_beyond_it():
+    dense, _ = planted(0.0, 2, 0.0, np.random.default_rng(0))
+    largest = dense[-1]
+    lucky = Cell(np.repeat(largest.log_costs, 2)[:3], largest.mean[1] + np.array([-0.2, 0.1, 0.1]))
+    arm = Cell(np.log(np.full(3, np.exp(largest.mean[0]))), np.full(3, largest.mean[1] - 0.1))
+    found = saving_against(frontier_of([*dense[:-1], lucky]), arm, [arm])
+    assert lucky.losses.min() < arm.mean[1]
+    assert found.outside == "better" and found.share is None
 
 
 def test_draws_outside_of_the_range_are_counted_and_open_the_interval():
     rng = np.random.default_rng(1)
     dense = [cell(flops, loss_at(flops), 3, 0.02, rng) for flops in BUDGETS]
-    lowest = min(one.losses.min() for one in dense)
+    frontier = frontier_of(dense)
+    lowest = float(frontier.curve.loss(np.array(frontier.log_costs[1]))[0])
     arm = Cell(np.log(np.full(3, 3 * REFERENCE)), lowest + 0.001 + np.array([-0.02, 0.0, 0.02]))
-    found = saving_against(frontier_of(dense), arm, [arm])
+    found = saving_against(frontier, arm, [arm])
     assert 0.3 < found.share_outside < 0.7
     assert found.high == np.inf
     assert np.isfinite(found.low)
