@@ -21,6 +21,7 @@ from lit_accel.command_errors import answers, is_raised_by
 from lit_accel.command_inputs import (
     check_checkpoint,
     check_config_file,
+    check_order,
     check_same_model,
     check_trainer,
     config_files,
@@ -163,6 +164,7 @@ class LitAccelCLI(LightningCLI):
             try:
                 for path in config_files(given):
                     check_config_file(path)
+                check_order(given, self.subcommands())
             except ValueError as error:
                 parser.exit(2, f"lit-accel: {error}\n")
         super().parse_arguments(parser, args)
@@ -243,6 +245,12 @@ class LitAccelCLI(LightningCLI):
                 "of this was not checked."
             )
             forecast = replace(forecast, warnings=(*forecast.warnings, unchecked))
+        if _num_devices(config) is None:
+            unknown = (
+                f"planned for one process: only the machine of the run knows how many devices {config['devices']!r} "
+                "are. Give their number with --trainer.devices."
+            )
+            forecast = replace(forecast, warnings=(*forecast.warnings, unknown))
         if options["calibrate"]:
             self._is_on_meta = False
             self.instantiate_classes()
@@ -262,14 +270,23 @@ def _with_one_ledger(callbacks: Any) -> list[L.Callback]:
 
 
 def _world_size(trainer: Any) -> int:
-    """Return how many processes a Trainer's configuration asks for; "auto" is one here."""
-    devices, num_nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes") or 1)
-    if isinstance(devices, str):
-        devices = [part for part in devices.split(",") if part] if "," in devices else devices
+    """Return how many processes a Trainer's configuration asks for; one where that cannot be known here."""
+    return (_num_devices(trainer) or 1) * int(trainer.get("num_nodes") or 1)
+
+
+def _num_devices(trainer: Any) -> int | None:
+    """Return how many devices of a machine a Trainer's configuration asks for; ``None`` if another one knows it."""
+    devices = trainer.get("devices", "auto")
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part]
     if isinstance(devices, list):
-        return len(devices) * num_nodes
-    is_number = isinstance(devices, int) or str(devices).isdigit()
-    return max(1, int(devices)) * num_nodes if is_number else num_nodes
+        return len(devices)
+    if str(devices).isdigit():
+        return max(1, int(devices))
+    accelerator = trainer.get("accelerator", "auto")
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return 1 if accelerator in ("auto", "cpu") else None
 
 
 def main(args: ArgsType = None) -> None:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import pickle
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,25 @@ def config_files(arguments: Sequence[str]) -> Iterator[str]:
             yield following
         elif argument.startswith("--config="):
             yield argument.removeprefix("--config=")
+
+
+def check_order(arguments: Sequence[str], subcommands: Collection[str]) -> None:
+    """Check that no recipe is given before the subcommand, where only a file of subcommands' sections belongs.
+
+    Args:
+        arguments: What was given on the command line.
+        subcommands: Their names.
+
+    Raises:
+        ValueError: If one is.
+    """
+    called = next((place for place, argument in enumerate(arguments) if argument in subcommands), len(arguments))
+    for given in config_files(arguments[:called]):
+        path = Path(given).expanduser()
+        keys = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if isinstance(keys, dict) and not set(keys) & set(subcommands):
+            command = arguments[called] if called < len(arguments) else "fit"
+            raise ValueError(f"--config comes after the subcommand: lit-accel {command} --config {given}")
 
 
 def check_config_file(given: str) -> None:

@@ -273,7 +273,7 @@ def test_a_method_goes_on_top_of_a_dense_recipe(tmp_path, monkeypatch, capfd):
     assert ledger.flops[-1] < 0.8 * ledger.dense_flops[-1]
     levels = [row["multilevel/level"] for row in csv.DictReader((run / "metrics.csv").open())]
     assert {"0.0", "1.0"} & set(levels)
-    model = GPT2LMHeadModel.from_pretrained(tmp_path / "runs/gpt2_dense/model")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "runs/gpt2_dense/version_0/model")
     assert model.num_parameters() == ledger.num_parameters[-1]
     assert "Compute ledger" in capfd.readouterr().out
 
@@ -300,7 +300,7 @@ def test_layer_dropping_goes_on_top_of_a_dense_recipe(method, tmp_path):
     ledger = read_ledger(run)
     assert ledger.flops[-1] < ledger.dense_flops[-1]  # also with what measuring costs
     assert (run / "sensitivities.png").exists() == (method == "sensitivity_layer_dropping")
-    assert (tmp_path / "runs/deit_dense/model/config.json").exists()
+    assert (tmp_path / "runs/deit_dense/version_0/model/config.json").exists()
 
 
 def test_layer_dropping_recipes_differ_from_the_dense_ones_as_they_say():

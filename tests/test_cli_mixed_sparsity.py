@@ -41,7 +41,7 @@ def test_the_fragment_goes_on_top_of_a_dense_recipe(name, tmp_path):
     assert sparsities[-1] == 0
     ledger = read_ledger(run)
     assert ledger.flops[-1] < ledger.dense_flops[-1]
-    assert (tmp_path / f"runs/{name}_dense/model/config.json").exists()
+    assert (tmp_path / f"runs/{name}_dense/version_0/model/config.json").exists()
 
 
 def test_recipes_differ_from_dense_ones_in_the_method_alone():

@@ -49,7 +49,7 @@ def test_the_fragment_goes_on_top_of_a_dense_recipe(name, tmp_path):
     ledger = read_ledger(run)
     assert ledger.flops[-1] < ledger.dense_flops[-1]
     assert float(rows[-1]["token_dropping/effective_tokens"]) < ledger.tokens[-1]
-    assert (tmp_path / f"runs/{name}_dense/model/config.json").exists()
+    assert (tmp_path / f"runs/{name}_dense/version_0/model/config.json").exists()
 
 
 def test_recipes_differ_from_their_neighbours_as_they_say():

@@ -18,11 +18,13 @@ from lit_accel.anatomy import Anatomy, anatomy_of, find_transformer, uses_activa
 from lit_accel.compute.active import Active, active_of
 from lit_accel.compute.flops import Flops, forward_flops, head_accountings, training_flops
 from lit_accel.compute.observer import TransformerObserver
+from lit_accel.compute.own_table import find_own, first_row, move_aside
 from lit_accel.compute.phases import Amounts, Phases, saved_share
 from lit_accel.compute.stopwatch import Stopwatch, synchronize
 from lit_accel.compute.summary import phase_table
-from lit_accel.compute.table import FILE_NAME, TableWriter, read_rows
+from lit_accel.compute.table import FILE_NAME, TableWriter, read_rows, rows_until
 from lit_accel.resizing import begin_anew, full_size, prepare_module
+from lit_accel.run_folder import run_folder
 from lit_accel.stored_state import require_readable
 
 _STATE_VERSION = 2
@@ -58,14 +60,15 @@ class ComputeLedger(Callback):
     Written to ``compute_ledger.csv`` at the same steps, after each validation (with the monitored metrics), where a
     phase ends and at the end: step, phase, num_parameters, tokens, flops, dense_flops, seconds, FLOPs by three ways to
     count the head, and a column for each metric. On resume the rows after the resumed step are dropped and the table
-    goes on, also from another run's folder.
+    goes on, also from another folder. Another run's table that lies where this one is to be is moved into a
+    ``version_N`` beside it.
 
     Sets ``flops_per_batch`` on the module, which Lightning's ``ThroughputMonitor`` reads: this rank's FLOPs of the
     present batch. A module that has an attribute of this name keeps its own.
 
     Args:
         monitor: Logged metrics to write beside the costs after each validation.
-        folder: Where to write the table. Default: the logger's folder, or ``Trainer.default_root_dir``.
+        folder: Where to write the table. Default: the logger's folder of this run, or ``Trainer.default_root_dir``.
         print_table: Whether to print a summary by phase at the end.
 
     Raises:
@@ -91,6 +94,9 @@ class ComputeLedger(Callback):
         self._observer: TransformerObserver | None = None
         self._table: TableWriter | None = None
         self._table_path: Path | None = None
+        self._first_row: list[str] | None = None
+        # Of the present batch: one that is not finished comes again after a resume.
+        self._pending = Amounts()
         self._costs: dict[tuple[Any, ...], tuple[Flops, Amounts]] = {}
         self._costs_in_part: dict[tuple[Any, ...], Flops] = {}
         self._active: Active | None = None
@@ -115,7 +121,7 @@ class ComputeLedger(Callback):
         # A trainer that goes on from its own earlier fit keeps its books, and may have stopped at a small size.
         if stage == "fit" and trainer.global_step == 0:
             self._phases = Phases()
-            self._table_path = None
+            self._table_path = self._first_row = None
             prepare_module(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -125,7 +131,7 @@ class ComputeLedger(Callback):
         self._step = trainer.global_step
         self._interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._costs, self._costs_in_part = {}, {}
-        self._was_called = False
+        self._was_called, self._pending = False, Amounts()
         self._observer = TransformerObserver(pl_module, self._on_forward, self._on_part, self._on_end)
         self._sets_flops_per_batch = not hasattr(pl_module, _FLOPS_PER_BATCH)
         self._set_batch_flops(0)
@@ -134,6 +140,9 @@ class ComputeLedger(Callback):
             self._phases.enter(self._observer.anatomy)
         self._logged = (self._step, self._phases.total.flops)
         self._open_table(trainer)
+        # Not in on_validation_start, which comes when the loaders were set up: workers that start take seconds.
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.run = partial(self._stop_clock_and, loop.run, trainer)  # type: ignore[method-assign]
         self._stopwatch.start()
 
     def on_train_batch_start(
@@ -150,6 +159,7 @@ class ComputeLedger(Callback):
     ) -> None:
         """Close the batch; where an optimizer step is complete and due, log it and write a row."""
         self._in_batch = False
+        self._close_batch()
         phase = self._phases.list[-1]
         phase.seconds += self._stopwatch.lap()
         previous, self._step = self._step, trainer.global_step
@@ -168,11 +178,6 @@ class ComputeLedger(Callback):
             self._phases.collect(trainer.strategy, trainer.world_size)
             self._log(trainer)
             self._write_row()
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock."""
-        if self._is_training(trainer):
-            self._stop_clock(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write a row with the monitored metrics, and let the clock go on."""
@@ -217,6 +222,7 @@ class ComputeLedger(Callback):
             "version": _STATE_VERSION,
             "phases": self._phases.to_state(),
             "table": None if self._table_path is None else str(self._table_path),
+            "first_row": self._first_row,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -225,12 +231,19 @@ class ComputeLedger(Callback):
         Raises:
             MisconfigurationException: If a newer version wrote them, or they are damaged.
         """
-        require_readable(state_dict, self.state_dict(), "the ledger")
+        # Earlier versions do not say what their table begins with.
+        present = {name: value for name, value in self.state_dict().items() if name != "first_row"}
+        require_readable(state_dict, present, "the ledger")
         self._phases.load_state(state_dict["phases"])
         self._table_path = None if state_dict["table"] is None else Path(state_dict["table"])
+        self._first_row = state_dict.get("first_row")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Bring the saved counters up to date on all ranks: Lightning has asked for the state without a trainer."""
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if progress.processed == progress.ready:
+            # Callbacks that save may come before this one.
+            self._close_batch()
         self._phases.collect(trainer.strategy, trainer.world_size)
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
@@ -270,13 +283,20 @@ class ComputeLedger(Callback):
         self._present = None
 
     def _count(self, amounts: Amounts) -> None:
-        self._phases.count(amounts)
+        self._pending.add(amounts)
         # Here and not at the batch's end: there the monitor may come before us.
         self._set_batch_flops(self._batch_flops + amounts.flops)
+
+    def _close_batch(self) -> None:
+        """Enter what the batch cost into the books."""
+        if self._phases.list:
+            self._phases.count(self._pending)
+        self._pending = Amounts()
 
     def _end_phase(self) -> None:
         """Write the row that a phase ends with: what it cost must not depend on when rows are due."""
         assert self._observer is not None
+        self._close_batch()
         trainer = self._observer.module.trainer
         self._phases.collect(trainer.strategy, trainer.world_size)
         if self._table is not None and self._table.last_step != self._step:
@@ -380,17 +400,25 @@ class ComputeLedger(Callback):
         return any("stage" in phase.size for phase in self._phases.list)
 
     def _open_table(self, trainer: L.Trainer) -> None:
-        # log_dir is a collective: every rank asks for it.
-        folder = self.folder or trainer.log_dir or trainer.default_root_dir
+        folder = self.folder or run_folder(trainer)
         previous, self._table_path = self._table_path, Path(folder).absolute() / FILE_NAME
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         rows: list[dict[str, str]] = []
+        own = None
         if trainer.global_step and previous is not None:
-            source = self._table_path if self._table_path.is_file() else previous
-            rows = read_rows(source, trainer.global_step, self._phases.total.tokens)
+            own = find_own(self._first_row, self._table_path, previous, trainer.ckpt_path)
+            rows = rows_until([] if own is None else read_rows(own), trainer.global_step, self._phases.total.tokens)
+            if own is None and self._first_row is not None:
+                rank_zero_warn(
+                    f"ComputeLedger: the rows of before the checkpoint are neither in {previous} nor beside the "
+                    f"checkpoint. The table begins with step {trainer.global_step}; its costs are those of the whole "
+                    f"run. To keep its beginning, put the run's {FILE_NAME} beside the checkpoint and resume again."
+                )
             if rows and self._is_last_words(rows[-1], trainer):
                 rows.pop()
+        if own != self._table_path and (moved := move_aside(self._table_path)) is not None:
+            rank_zero_warn(f"ComputeLedger: {self._table_path} is of another run; it was moved to {moved}.")
         self._table = TableWriter(self._table_path, self.monitor, rows)
 
     def _is_last_words(self, row: dict[str, str], trainer: L.Trainer) -> bool:
@@ -419,11 +447,18 @@ class ComputeLedger(Callback):
                 **(metrics or {}),
             }
         )
+        if self._first_row is None:
+            self._first_row = first_row(self._table.path)
 
     # --- helpers of the life cycle
 
     def _is_training(self, trainer: L.Trainer) -> bool:
         return self._observer is not None and not trainer.sanity_checking
+
+    def _stop_clock_and(self, run: Callable[[], Any], trainer: L.Trainer) -> Any:
+        if self._is_training(trainer):
+            self._stop_clock(trainer)
+        return run()
 
     def _stop_clock(self, trainer: L.Trainer) -> None:
         synchronize(trainer.strategy.root_device)
@@ -435,6 +470,7 @@ class ComputeLedger(Callback):
             return
         self._observer.close()
         self._observer = None
+        vars(pl_module.trainer.fit_loop.epoch_loop.val_loop).pop("run", None)
         self._table = None
         self._in_batch = False
         if self._sets_flops_per_batch:

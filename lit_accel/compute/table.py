@@ -45,21 +45,33 @@ class TableWriter:
         self.last_step = row["step"]
 
 
-def read_rows(path: Path, up_to_step: int, up_to_tokens: int) -> list[dict[str, str]]:
-    """Return the rows of a ledger's file up to a point of its run, or none if there is no such file.
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a ledger's file, or none if there is no such file.
 
     Args:
         path: The file.
-        up_to_step: The last step whose rows are wanted.
-        up_to_tokens: The number of tokens after which none is: an evaluation within an accumulated step has a row of
-            the step before, and comes again.
     """
     if not path.is_file():
         return []
+    return [row for row in csv.DictReader(_whole_lines(path)) if row.get("seconds")]
+
+
+def rows_until(rows: Sequence[dict[str, str]], step: int, tokens: int) -> list[dict[str, str]]:
+    """Return the rows up to a point of their run.
+
+    Args:
+        rows: The rows.
+        step: The last step whose rows are wanted.
+        tokens: The number of tokens after which none is: an evaluation within an accumulated step has a row of the step
+            before, and comes again.
+    """
+    return [row for row in rows if int(row["step"]) <= step and int(row["tokens"]) <= tokens]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Return the lines of a file that are complete: a process that was killed while it wrote leaves a part of one."""
     with path.open(newline="") as file:
-        # A process that was killed while it wrote leaves half a row behind.
-        rows = [row for row in csv.DictReader(file) if row["seconds"]]
-    return [row for row in rows if int(row["step"]) <= up_to_step and int(row["tokens"]) <= up_to_tokens]
+        return [line for line in file if line.endswith("\n")]
 
 
 @dataclass(frozen=True)
@@ -116,10 +128,9 @@ def read_ledger(path: str | Path) -> Ledger:
     path = Path(path)
     if path.is_dir():
         path = path / FILE_NAME
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or ())
-        rows = [row for row in reader if row.get("seconds")]
+    reader = csv.DictReader(_whole_lines(path))
+    columns = list(reader.fieldnames or ())
+    rows = [row for row in reader if row.get("seconds")]
     if missing := [column for column in COLUMNS if column not in columns]:
         raise ValueError(f"{path} is no compute ledger: it has no column {', '.join(missing)}.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -91,7 +91,8 @@ def first_call(trainer: L.Trainer, module: L.LightningModule) -> FirstCall:
     try:
         batch = module._apply_batch_transfer_handler(batch, torch.device("cpu"), 0)
         batch = apply_to_collection(batch, torch.Tensor, mode.from_tensor)
-        takes_index = "batch_idx" in inspect.signature(module.training_step).parameters
+        # As Lightning does: a second argument is the index, whatever it is called.
+        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         with mode, _without_logging(module):
             module.training_step(batch, *([0] if takes_index else []))
     except _Called:

@@ -4,6 +4,7 @@ it.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lit_accel.anatomy import Anatomy, anatomy_of, build_resized, find_transformer, uses_activation_checkpointing
 from lit_accel.arguments import require_whole
@@ -40,6 +42,11 @@ class PhaseMemory:
     gradients: int
     optimizer: int | None
     activations: float | None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of them are known."""
+        return self.optimizer is not None and self.activations is not None
 
     @property
     def total(self) -> float:
@@ -104,8 +111,8 @@ def plan(
     def make() -> Forecast:
         return _forecast(trainer, module, num_sequences, num_tokens, world_size or trainer.world_size)
 
-    forecast, warnings = rehearse(trainer, module, data, make)
-    return replace(forecast, warnings=tuple(warnings))
+    forecast, said = rehearse(trainer, module, data, make)
+    return replace(forecast, warnings=tuple(said))
 
 
 def _forecast(
@@ -151,6 +158,9 @@ def _forecast(
     num_bytes = _BYTES.get(str(trainer.precision), 4)
     moments = _num_moments(trainer)
     memory = _memory(together, activations, workload, num_bytes, num_bytes * share_trained, moments)
+    memory = tuple(_with_rest(each, module, transformer, num_bytes, moments) for each in memory)
+    if call is not None:
+        _warn_of_smaller_batches(trainer)
     measured = any(method.measures_blocks for method in methods)
     drawn = any(method.decides == "layers" for method in methods) and together.stride > 1
     return Forecast(together, alone, workload, memory, (), measured or drawn)
@@ -179,7 +189,8 @@ def _num_moments(trainer: L.Trainer) -> int | None:
         return None
     (number,) = numbers
     assert number is not None
-    return number + any(optimizer.defaults.get("amsgrad", False) for optimizer in trainer.optimizers)
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return number + sum(any(group.get(option) for group in groups) for option in ("amsgrad", "momentum"))
 
 
 def _memory(
@@ -208,3 +219,35 @@ def _memory(
 
     ends = [*(phase.start for phase in run.phases[1:]), run.num_steps]
     return tuple(of(phase, end) for phase, end in zip(run.phases, ends, strict=True))
+
+
+def _with_rest(
+    memory: PhaseMemory, module: nn.Module, transformer: nn.Module, num_bytes: int, num_moments: int | None
+) -> PhaseMemory:
+    """Add the parameters that a module has beside its transformer."""
+    inside = {id(parameter) for parameter in transformer.parameters()}
+    rest = [parameter for parameter in module.parameters() if id(parameter) not in inside]
+    trained = num_bytes * sum(parameter.numel() for parameter in rest if parameter.requires_grad)
+    return replace(
+        memory,
+        weights=memory.weights + num_bytes * sum(parameter.numel() for parameter in rest),
+        gradients=memory.gradients + trained,
+        optimizer=None if memory.optimizer is None else memory.optimizer + (num_moments or 0) * trained,
+    )
+
+
+def _warn_of_smaller_batches(trainer: L.Trainer) -> None:
+    """Say if an epoch ends with a smaller batch: a plan takes all of them to be like the first."""
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or loader.batch_size is None or loader.drop_last:
+        return
+    try:
+        num_samples = len(loader.sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return
+    if rest := num_samples % loader.batch_size:
+        warnings.warn(
+            f"the last batch of an epoch has {rest} samples instead of {loader.batch_size}, and the plan counts it "
+            "whole. Set drop_last=True in the loader to train as planned.",
+            stacklevel=1,
+        )

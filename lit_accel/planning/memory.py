@@ -27,8 +27,9 @@ MOMENTS: dict[type[Optimizer], int] = {
     torch.optim.Adamax: 2,
     torch.optim.Adagrad: 1,
     torch.optim.RMSprop: 1,
+    torch.optim.SGD: 0,
 }
-"""How many tensors of the size of a parameter an optimizer keeps for each."""
+"""How many tensors of the size of a parameter an optimizer keeps for each, without momentum where that is a choice."""
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,19 @@ def check_picture(path: str | Path) -> None:
         path: The file.
 
     Raises:
-        ValueError: If its kind is not known, or it is a folder.
+        ValueError: If its kind is not known, it is a folder, or its folder cannot be made.
     """
     if Path(path).suffix.lower() not in _KINDS:
         raise ValueError(f"picture is {str(path)!r}; it is a file called {', '.join(_KINDS)}, or null for no picture.")
     if Path(path).is_dir():
         raise ValueError(f"picture is {str(path)!r}, which is a folder. Give a file in it, such as plan.png.")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"picture is {str(path)!r}, whose folder cannot be made: {reason}. Give another one."
+        ) from error
 
 
 def draw_forecast(forecast: Forecast, path: str | Path) -> None:

@@ -41,11 +41,14 @@ def _parts(forecast: Forecast) -> Iterator[RenderableType]:
     notes = ["FLOPs: forward and backward, 2 a multiply-add; dense: those of the full model on the same batches."]
     if forecast.is_expectation:
         notes.append("Which blocks run depends on measurements or draws: their FLOPs are an expectation.")
-    if any(memory.activations is not None for memory in forecast.memory):
-        notes.append(
-            "GiB: memory of a process that holds the whole model: weights, gradients, optimizer and activations "
-            "(activ.). What is needed for a moment only, and the loss, come on top."
-        )
+    notes.append(
+        "GiB: memory of a process that holds the whole model: weights, gradients, optimizer and activations "
+        "(activ.). What is needed for a moment only, and the loss, come on top."
+    )
+    if any(memory.optimizer is None for memory in forecast.memory):
+        notes.append("≥: without what the optimizer keeps, whose kind is not known.")
+    if any(memory.activations is None for memory in forecast.memory):
+        notes.append("≥, ?: activations are not known.")
     if forecast.seconds is None:
         notes.append("Seconds need --calibrate true.")
     yield Text(" ".join(notes), style="dim")
@@ -68,7 +71,7 @@ def _phases(forecast: Forecast) -> Table:
             f"{phase.steps:,}",
             f"{phase.flops / divisor:.3f}",
             f"{1 - saved_share(phase.flops, phase.dense_flops):.1%}",
-            f"{memory.total / _GIB:.3g}",
+            _gib(memory),
             "?" if memory.activations is None else f"{memory.activations / _GIB:.3g}",
             *([duration(forecast.seconds[index])] if forecast.seconds else []),
         )
@@ -79,7 +82,7 @@ def _phases(forecast: Forecast) -> Table:
         f"{plan.num_steps:,}",
         f"{plan.flops / divisor:.3f}",
         f"{plan.share:.1%}",
-        f"{max(map(_total, forecast.memory)) / _GIB:.3g}",
+        _gib(max(forecast.memory, key=lambda memory: memory.total)),
         "",
         *([duration(sum(forecast.seconds))] if forecast.seconds else []),
         style="bold",
@@ -87,8 +90,9 @@ def _phases(forecast: Forecast) -> Table:
     return table
 
 
-def _total(memory: PhaseMemory) -> float:
-    return memory.total
+def _gib(memory: PhaseMemory) -> str:
+    at_least = "" if memory.is_complete else "≥ "
+    return f"{at_least}{memory.total / _GIB:.3g}"
 
 
 def _methods(forecast: Forecast) -> RenderableType:

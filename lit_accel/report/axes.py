@@ -99,7 +99,8 @@ def vertical(arms: Sequence[Arm]) -> tuple[float, float]:
     """Choose the range of losses: the ends fill most of it, the steep beginnings of the curves are cut."""
     runs = [run for arm in arms for run in arm.runs]
     ends = [run.loss for run in runs]
-    first = max(float(run.ledger.metrics[run.metric][run.rows[0]]) for run in runs)
+    begins = [float(run.ledger.metrics[run.metric][run.rows[0]]) for run in runs]
+    first = max((loss for loss in begins if np.isfinite(loss)), default=max(ends))
     lowest, highest = min(ends), max(ends)
     top = max(highest + 0.6 * (highest - lowest), highest + 0.2 * max(first - highest, 0))
     top = top if top > lowest else lowest + 0.1 * abs(lowest) + 1e-6

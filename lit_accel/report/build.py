@@ -10,7 +10,7 @@ from lit_accel.report.arms import Arm, group
 from lit_accel.report.frontier import Frontier, fit_frontier
 from lit_accel.report.phases import RunPhases, phases_of
 from lit_accel.report.results import Result, compare
-from lit_accel.report.runs import find_runs
+from lit_accel.report.runs import ReportError, find_runs
 from lit_accel.report.wording import warnings_about_draws, warnings_about_runs, warnings_about_scatter, what_it_rests_on
 
 
@@ -69,6 +69,11 @@ def report(
     from lit_accel.report.picture import draw_picture
 
     found, left_out = find_runs(runs, metric)
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"{folder} cannot be a folder: {error.strerror or error}. Give another --output.") from error
     arms, warnings = group(found, dense)
     dense_runs = [run for arm in arms if arm.is_dense for run in arm.runs]
     # A run that went on after its last measurement was measured in mid-way.
@@ -84,7 +89,6 @@ def report(
         *warnings_about_scatter(arms, in_flops),
         *(warning for result in results for warning in warnings_about_draws(result)),
     ]
-    folder = Path(output)
     made = Report(
         metric=metric,
         arms=arms,
@@ -99,7 +103,6 @@ def report(
         page=folder / "report.html",
         picture=folder / "report.png",
     )
-    folder.mkdir(parents=True, exist_ok=True)
     draw_picture(made, made.picture)
     write_page(made, made.page)
     return made

@@ -37,10 +37,10 @@ def command(args: list[str] | None = None) -> int:
     parser.add_argument("--metric", type=str, default="val/loss", help="a monitored loss: lower is better")
     parser.add_argument(
         "--dense",
-        nargs="+",
+        action="append",
         type=str,
         metavar="LABEL",
-        help="the arms that make up the dense frontier; by default those that saved and added nothing",
+        help="an arm of the dense frontier, given once for each; by default those that saved and added nothing",
     )
     parser.add_argument("--output", type=str, default=".", help="folder of report.html and report.png")
     try:

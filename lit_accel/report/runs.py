@@ -135,10 +135,6 @@ def find_runs(paths: Sequence[str | Path], metric: str) -> tuple[list[Run], list
             raise ReportError(f"{file} cannot be read as a compute ledger: {error}") from error
         known |= set(ledger.metrics)
         run = Run(labels[key], file.parent, metric, ledger)
-        if (longer := _continued_by(run, runs)) is not None:
-            left_out.append(f"{run.folder} was left out: {longer.folder} goes on from it, or the other way round.")
-            runs[runs.index(longer)] = max(run, longer, key=lambda one: int(one.ledger.step[-1]))
-            continue
         if reason := _why_useless(run):
             left_out.append(f"{file.parent} was left out: {reason}")
         else:
@@ -151,7 +147,13 @@ def find_runs(paths: Sequence[str | Path], metric: str) -> tuple[list[Run], list
         )
     if not runs:
         raise ReportError(" ".join(left_out))
-    return runs, left_out
+    kept: list[Run] = []
+    for run in runs:
+        longer, sentence = _goes_on_in(run, runs)
+        if longer is None:
+            kept.append(run)
+        left_out += [sentence] if sentence else []
+    return kept, left_out
 
 
 def default_label(file: Path) -> str:
@@ -166,14 +168,31 @@ def default_label(file: Path) -> str:
     return _SEED_MARKER.sub("", names[-1]) if names else "run"
 
 
-def _continued_by(run: Run, others: Sequence[Run]) -> Run | None:
-    """Return another ledger of the same run: a resumed run takes over the rows of the one that it goes on from."""
+def _goes_on_in(run: Run, others: Sequence[Run]) -> tuple[Run | None, str]:
+    """Return the run that goes on from a run, which takes over its rows; and a sentence about it.
 
-    def start(one: Run) -> tuple[float, float] | None:
+    Runs that branch off one another begin alike, too: to be told from a run that was cut short and resumed, they have
+    to be of different arms, and to be measured at ends of their own.
+    """
+
+    def rows(one: Run) -> set[tuple[int, float]]:
         # Seconds are those of a clock, to the microsecond: no other run has the same.
-        return (one.ledger.step[0], one.ledger.seconds[0]) if len(one.ledger.step) else None
+        return set(zip(one.ledger.step.tolist(), one.ledger.seconds.tolist(), strict=True))
 
-    return next((other for other in others if start(other) == start(run) is not None), None)
+    def place(one: Run) -> tuple[int, int]:
+        return int(one.ledger.step[-1]), -others.index(one)
+
+    start = (run.ledger.step[0], run.ledger.seconds[0])
+    longer = [one for one in others if place(one) > place(run) and start in rows(one)]
+    for one in longer:
+        has_own_end = run.is_measured_at_its_end and (run.steps, run.seconds) not in rows(one)
+        if one.label == run.label or not has_own_end:
+            return one, f"{run.folder} was left out: {one.folder} goes on from it."
+    both = " and ".join(str(one.folder) for one in (run, *longer))
+    said = (
+        f"{both} begin as one run, and each was measured at an end of its own: all count. Leave out what was cut short."
+    )
+    return None, said if longer else ""
 
 
 def _split(given: str | Path) -> tuple[str | None, Path]:

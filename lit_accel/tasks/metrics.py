@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
 
 
@@ -38,7 +39,7 @@ class SampleMean(Metric):
         """Return the mean over every sample since the last reset, NaN if there was none."""
         return self.total / self.num_samples
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> "SampleMean":
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()) -> Module:
         # With `precision="bf16-true"` Lightning turns all of a module into 16 bits. There a sum of a few hundred no
         # longer grows, and it overflows those of float16.
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)

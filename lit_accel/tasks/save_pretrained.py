@@ -1,9 +1,12 @@
 """Hand a finished model on as an ordinary folder of Hugging Face's or timm's."""
 
+import os
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lit_accel.run_folder import run_folder
 
 
 class SavePretrained(Callback):
@@ -14,8 +17,8 @@ class SavePretrained(Callback):
     (``resizable_model_parallel``).
 
     Args:
-        folder: Where to write; created if missing. The tokenizer is written if the data module has a method
-            ``save_tokenizer(folder)``.
+        folder: Where to write; created if missing. Default: ``model`` in the logger's folder of the run. The tokenizer
+            is written if the data module has a method ``save_tokenizer(folder)``.
 
     Example::
 
@@ -24,7 +27,7 @@ class SavePretrained(Callback):
         >>> timm.create_model("local-dir:runs/deit/final", pretrained=True)  # doctest: +SKIP
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -34,14 +37,15 @@ class SavePretrained(Callback):
         # Where the model is sharded, all ranks take part in putting it together.
         gather = getattr(trainer.strategy, "gather_transformer", None)
         model: Any = pl_module.model if gather is None else gather()
+        folder = self.folder or os.path.join(run_folder(trainer), "model")
         if not trainer.is_global_zero:
             return
         if hasattr(pl_module, "save_pretrained"):
             # A task whose model cannot write itself, as timm's cannot, does so.
-            pl_module.save_pretrained(self.folder, model)  # type: ignore[operator]
+            pl_module.save_pretrained(folder, model)  # type: ignore[operator]
         else:
-            model.save_pretrained(self.folder)
+            model.save_pretrained(folder)
         save_tokenizer = getattr(getattr(trainer, "datamodule", None), "save_tokenizer", None)
         if save_tokenizer is not None:
-            save_tokenizer(self.folder)
-        rank_zero_info(f"Saved the model to {self.folder}.")
+            save_tokenizer(folder)
+        rank_zero_info(f"Saved the model to {folder}.")

@@ -47,6 +47,13 @@ ROWS = [
         ("--trainer.max_steps",),
         "--trainer.max_steps needs a value: --trainer.max_steps=VALUE. See",
     ),
+    alone(
+        "a recipe before the subcommand",
+        ("--config", "base.yaml", "fit"),
+        "--config comes after the subcommand: lit-accel fit --config base.yaml",
+        files={"base.yaml": "trainer:\n  max_steps: 3\n"},
+        subcommand=None,
+    ),
     # Files
     alone(
         "a configuration that is not there",

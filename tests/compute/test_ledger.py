@@ -10,8 +10,10 @@ import time
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, ThroughputMonitor
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, ThroughputMonitor
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
+from torch.utils.data import DataLoader, IterableDataset
 
 import lit_accel.strategies  # noqa: F401
 from lit_accel.anatomy import AnatomyError, anatomy_of, build_resized, find_transformer
@@ -221,10 +223,118 @@ def test_a_row_that_only_the_end_of_a_run_wrote_is_dropped_when_it_goes_on(tmp_p
     assert [row["step"] for row in rows(tmp_path)] == ["3", "5", "6", "7"]
 
 
-def test_a_new_run_in_the_same_folder_begins_a_new_table(tmp_path):
-    for _ in range(2):
-        make_trainer(tmp_path, callbacks=[ComputeLedger()], max_steps=2).fit(TinyModule(), loader())
-    assert [row["step"] for row in rows(tmp_path)] == ["2"]
+def test_a_new_run_in_the_same_folder_begins_a_new_table_and_keeps_the_old_one(tmp_path):
+    lengths = (2, 3, 4)
+    for number, length in enumerate(lengths):
+        trainer = make_trainer(tmp_path, callbacks=[ComputeLedger()], max_steps=length)
+        if number == 0:
+            trainer.fit(TinyModule(), loader())
+        else:
+            with pytest.warns(UserWarning, match="is of another run; it was moved"):
+                trainer.fit(TinyModule(), loader())
+    assert [row["step"] for row in rows(tmp_path)] == ["4"]
+    assert [rows(tmp_path / f"version_{number}")[0]["step"] for number in (0, 1)] == ["2", "3"]
+
+
+def test_a_run_that_goes_on_finds_its_own_table(tmp_path):
+    """In a folder where another run has written since, and after its folder was moved, with its checkpoints."""
+    fit(tmp_path, max_epochs=-1, max_steps=4).save_checkpoint(tmp_path / "stopped.ckpt")
+    fit(tmp_path, max_epochs=-1, max_steps=6)
+    first, other = rows(tmp_path / "version_0"), rows(tmp_path)
+    fit(tmp_path, max_epochs=-1, max_steps=7, ckpt_path=tmp_path / "stopped.ckpt")
+    assert rows(tmp_path)[:1] == first[:1]
+    assert [row["step"] for row in rows(tmp_path)] == ["3", "5", "6", "7"]
+    assert rows(tmp_path / "version_1") == other
+
+    moved = tmp_path.parent / f"{tmp_path.name}_moved"
+    tmp_path.rename(moved)
+    fit(tmp_path, max_epochs=-1, max_steps=7, ckpt_path=moved / "stopped.ckpt")
+    assert [row["step"] for row in rows(tmp_path)] == ["3", "5", "6", "7"]
+
+
+def test_says_if_a_table_is_not_found(tmp_path):
+    fit(tmp_path, max_epochs=-1, max_steps=4).save_checkpoint(tmp_path / "stopped.ckpt")
+    (tmp_path / FILE_NAME).unlink()
+    with pytest.warns(UserWarning, match="neither in .* nor beside"):
+        fit(tmp_path, max_epochs=-1, max_steps=7, ckpt_path=tmp_path / "stopped.ckpt")
+
+
+def test_runs_of_loggers_that_share_a_folder_have_one_each(tmp_path):
+    """As those of Weights & Biases and MLflow do."""
+
+    class Shared(Logger):
+        save_dir, name = tmp_path / "all", "project"
+
+        def __init__(self, version):
+            super().__init__()
+            self._version = version
+
+        @property
+        def version(self):
+            return self._version
+
+        def log_metrics(self, *args, **kwargs):
+            pass
+
+        def log_hyperparams(self, *args, **kwargs):
+            pass
+
+    for version in ("a1b2", 3):
+        trainer = make_trainer(tmp_path, callbacks=[ComputeLedger()], max_steps=2, logger=Shared(version))
+        trainer.fit(TinyModule(), loader())
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob(FILE_NAME))
+    assert found == [f"all/project/{version}/{FILE_NAME}" for version in ("a1b2", "version_3")]
+
+
+def test_a_batch_that_failed_is_counted_once(tmp_path):
+    class Fails(TinyModule):
+        def on_before_zero_grad(self, optimizer):
+            if self.trainer.global_step == 3 and not self.has_failed:
+                raise ConnectionError
+
+    saver = OnExceptionCheckpoint(tmp_path, "failed")
+    modules = Fails(), Fails()
+    modules[0].has_failed, modules[1].has_failed = False, True
+    ledger = ComputeLedger()
+    with pytest.raises(ConnectionError):
+        make_trainer(tmp_path, callbacks=[ledger, saver], max_steps=6, enable_checkpointing=True).fit(
+            modules[0], loader()
+        )
+    ledger = ComputeLedger()
+    make_trainer(tmp_path, callbacks=[ledger], max_steps=6).fit(
+        modules[1], loader(), ckpt_path=tmp_path / "failed.ckpt"
+    )
+    whole = ComputeLedger()
+    make_trainer(tmp_path / "whole", callbacks=[whole], max_steps=6).fit(TinyModule(), loader())
+    assert ledger.phases.total.flops == whole.phases.total.flops
+    assert ledger.phases.total.steps == whole.phases.total.steps == 6
+
+
+def test_seconds_leave_out_what_sets_validation_up(tmp_path):
+    class SlowToBegin(IterableDataset):
+        def __iter__(self):
+            time.sleep(0.5)
+            yield from loader(num_samples=8).dataset
+
+    ledger = ComputeLedger()
+    trainer = make_trainer(tmp_path, callbacks=[ledger], max_steps=4, val_check_interval=1, num_sanity_val_steps=0)
+    began = time.perf_counter()
+    trainer.fit(TinyModule(), loader(), DataLoader(SlowToBegin(), batch_size=8))
+    assert time.perf_counter() - began > 2.0
+    assert ledger.phases.total.seconds < 1.0
+    # Nothing of it is left in the loop.
+    assert "run" not in vars(trainer.fit_loop.epoch_loop.val_loop)
+
+
+def test_a_row_that_was_cut_short_is_no_row(tmp_path):
+    fit(tmp_path, max_epochs=-1, max_steps=9)
+    path = tmp_path / FILE_NAME
+    whole = read_ledger(path).step.tolist()
+    for length in (1, 3, 8):
+        text = path.read_text()
+        path.write_text(text[:-length])
+        assert read_ledger(path).step.tolist() == whole[:-1]
+        path.write_text(text)
 
 
 def test_seconds_leave_validation_out(tmp_path):

@@ -116,3 +116,11 @@ def test_a_refusal_is_one_message_and_own_classes_are_found_where_one_is(tmp_pat
         "lit-accel: MultiLevelTraining changes the model's size in mid-training, which DDPStrategy cannot. Use"
         in done.stderr
     )
+
+
+@pytest.mark.parametrize(("devices", "said"), [("-1", True), ("auto", True), ("1", False)])
+def test_devices_that_another_machine_has_to_count(tmp_path, lit_accel, devices, said):
+    recipe = ["--config", str(CONFIGS / "recipe/gpt2_dense.yaml"), *SMALL, "--picture", "null"]
+    where = ["--trainer.accelerator", "gpu", "--trainer.devices", devices]
+    printed = lit_accel(tmp_path, "plan", *recipe, *where).stdout
+    assert ("how many devices" in printed) == said

@@ -82,8 +82,8 @@ def test_image_models(tmp_path, name):
     images = next(iter(ImageData().train_dataloader()))
     saved = really_saved(OfImages(name), images, "32-true")
     assert planned.memory[0].activations == pytest.approx(saved, rel=0.1)
-    # SGD without momentum is none of those whose state is known.
-    assert planned.memory[0].optimizer is None
+    # Of SGD without momentum.
+    assert planned.memory[0].optimizer == 0
 
 
 def test_less_is_saved_where_less_takes_part(tmp_path):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from torch.utils.data import DataLoader
 
 from lit_accel import (
     Composition,
@@ -23,8 +27,9 @@ from lit_accel.compute.plan import StepDecision, Workload, plan_run
 from lit_accel.methods.coordinator import coordinator_of
 from lit_accel.planning import PlanError, plan
 from lit_accel.planning.calibration import calibrate
+from lit_accel.planning.table import forecast_tables
 from tests.planning.runs import Data, facts, on_meta, trained, trainer
-from tests.training import TinyModule
+from tests.training import TinyModule, Tokens
 
 
 def cycle(**options):
@@ -240,3 +245,56 @@ def test_moments_and_frozen_parameters(tmp_path, amsgrad):
     num_trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert memory.gradients == 4 * num_trained
     assert memory.optimizer == (3 if amsgrad else 2) * 4 * num_trained
+
+
+@pytest.mark.parametrize(("momentum", "moments"), [(0.0, 0), (0.9, 1)])
+def test_memory_of_what_lies_beside_the_transformer(tmp_path, momentum, moments):
+    class Beside(TinyModule):
+        def __init__(self):
+            super().__init__()
+            self.teacher = torch.nn.Linear(64, 64).requires_grad_(False)
+            self.extra = torch.nn.Linear(32, 32)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=momentum)
+
+    module = Beside()
+    memory = plan(trainer(tmp_path, []), module, Data()).memory[0]
+    num_trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert memory.weights == 4 * sum(p.numel() for p in module.parameters())
+    assert memory.gradients == 4 * num_trained
+    assert memory.optimizer == 4 * moments * num_trained
+
+
+def test_memory_that_is_not_known_is_not_left_out_in_silence(tmp_path):
+    class Own(torch.optim.SGD):
+        pass
+
+    class Odd(TinyModule):
+        def configure_optimizers(self):
+            return Own(self.parameters(), lr=0.1)
+
+    forecast = plan(trainer(tmp_path, []), Odd(), Data())
+    assert forecast.memory[0].optimizer is None
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(forecast_tables(forecast))
+    printed = " ".join(console.export_text().split())
+    assert "≥ 0.0" in printed
+    assert "without what the optimizer keeps" in printed
+
+
+def test_the_index_of_a_batch_may_be_called_anything(tmp_path):
+    class Unnamed(TinyModule):
+        def training_step(self, batch, _):
+            return super().training_step(batch, _)
+
+    assert plan(trainer(tmp_path, []), on_meta(Unnamed), Data()).plan.flops > 0
+
+
+def test_a_smaller_last_batch_is_said(tmp_path):
+    class Uneven(Data):
+        def train_dataloader(self):
+            return DataLoader(Tokens(num_samples=20), batch_size=8)
+
+    (said,) = plan(trainer(tmp_path, []), on_meta(), Uneven()).warnings
+    assert "the last batch of an epoch has 4 samples instead of 8" in said

@@ -10,6 +10,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lit_accel.compute import ComputeLedger
+from lit_accel.compute.table import FILE_NAME
 from lit_accel.report import command
 from lit_accel.report.runs import find_runs
 from tests.report.planted import write_arm, write_dense, write_ledger
@@ -68,8 +69,32 @@ def test_dense_arms_can_be_named(runs, tmp_path, capsys):
     given = [str(runs), f"nothing={tmp_path / 'no-op'}", "--output", str(tmp_path)]
     assert command(given) == 0
     assert "Taken as dense: dense, nothing" in capsys.readouterr().out
-    assert command([*given, "--dense", "dense"]) == 0
-    assert "Taken as dense: dense (12 runs)" in capsys.readouterr().out
+    # Before the runs, too: the option takes one label.
+    for named in ([*given, "--dense", "dense"], ["--dense", "dense", *given]):
+        assert command(named) == 0
+        assert "Taken as dense: dense (12 runs)" in capsys.readouterr().out
+    assert command([*given, "--dense", "dense", "--dense", "nothing"]) == 0
+    assert "Taken as dense: dense, nothing" in capsys.readouterr().out
+
+
+def test_a_first_loss_that_is_not_finite_is_drawn_around(tmp_path):
+    write_dense(tmp_path)
+    path = write_arm_with_first(tmp_path, "inf")
+    assert command([str(tmp_path), "--output", str(tmp_path)]) == 0
+    assert path.exists()
+
+
+def write_arm_with_first(folder, loss):
+    path = write_ledger(folder / "method" / "version_0", 1e15, 3.5) / FILE_NAME
+    heading, first, *table = path.read_text().splitlines()
+    path.write_text("\n".join([heading, first.rsplit(",", 1)[0] + f",{loss}", *table]) + "\n")
+    return path
+
+
+def test_the_output_is_a_folder(runs, tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    assert command([str(runs), "--output", str(tmp_path / "taken")]) == 1
+    assert "taken cannot be a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

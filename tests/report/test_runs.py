@@ -80,15 +80,53 @@ def test_runs_without_an_end_are_left_out_and_named(tmp_path):
     write_ledger(tmp_path / "good", 1e12, 3.0)
     silent = write_ledger(tmp_path / "silent", 1e12, 3.0) / FILE_NAME
     heading, *table = silent.read_text().splitlines()
-    silent.write_text("\n".join([heading, *(row.rsplit(",", 1)[0] + "," for row in table)]))
+    silent.write_text("\n".join([heading, *(row.rsplit(",", 1)[0] + "," for row in table)]) + "\n")
     endless = write_ledger(tmp_path / "endless", 1e12, 3.0)
     table = (endless / FILE_NAME).read_text().splitlines()
     table[-1] = table[-1].rsplit(",", 1)[0] + ",inf"
-    (endless / FILE_NAME).write_text("\n".join(table))
+    (endless / FILE_NAME).write_text("\n".join(table) + "\n")
     runs, left_out = find_runs([tmp_path], LOSS)
     assert [run.label for run in runs] == ["good"]
     assert any("silent was left out: it never measured val/loss" in sentence for sentence in left_out)
     assert any(f"{endless} was left out: its last val/loss is inf" in sentence for sentence in left_out)
+
+
+def continue_as(folder, other, *, steps=30, loss="2.5", column="val/loss"):
+    """A ledger that takes over the rows of another but the last three, and goes on."""
+    heading, *table = (other / FILE_NAME).read_text().splitlines()
+    folder.mkdir(parents=True)
+    table = table[:-3]
+    for _ in range(steps // 10 + 3):
+        step, *costs = table[-1].split(",")[:7]
+        costs[2:] = [str(float(cost) * 1.1) for cost in costs[2:]]
+        costs[2] = str(round(float(costs[2])))
+        table.append(",".join([str(int(step) + 10), *costs, loss]))
+    (folder / FILE_NAME).write_text("\n".join([heading.replace("val/loss", column), *table]) + "\n")
+
+
+def test_a_run_that_was_resumed_into_a_new_folder_is_one_run(tmp_path):
+    first = write_ledger(tmp_path / "dense" / "version_0", 1e12, 3.0)
+    continue_as(tmp_path / "dense" / "version_1", first)
+    (run,), (sentence,) = find_runs([tmp_path], LOSS)
+    assert (run.folder.name, run.steps) == ("version_1", 150)
+    assert sentence.endswith("version_1 goes on from it.")
+
+
+@pytest.mark.parametrize("broken", [{"loss": "inf"}, {"column": "val/other"}])
+def test_a_continuation_that_says_nothing_does_not_replace_the_run(tmp_path, broken):
+    first = write_ledger(tmp_path / "dense" / "version_0", 1e12, 3.0)
+    continue_as(tmp_path / "dense" / "version_1", first, **broken)
+    (run,), (sentence,) = find_runs([tmp_path], LOSS)
+    assert run.folder.name == "version_0"
+    assert "version_1 was left out: it" in sentence
+
+
+def test_runs_that_branch_off_one_another_all_count(tmp_path):
+    short = write_ledger(tmp_path / "short_seed0", 1e12, 3.0)
+    continue_as(tmp_path / "long_seed0", short)
+    runs, (sentence,) = find_runs([tmp_path], LOSS)
+    assert sorted(run.label for run in runs) == ["long", "short"]
+    assert "begin as one run" in sentence
 
 
 # --- arms
