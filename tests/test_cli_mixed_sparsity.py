@@ -94,8 +94,7 @@ def test_the_numbers_of_the_card():
     ]
     preset = shares(MixedSparsityTraining(preset="paper_4x"), "full")
     assert (
-        f"comes to {preset.masked:.0%} by its accounting, {preset.dense:.0%} with a dense head and".replace("%", " %")
-        in text
+        f"to {preset.masked:.0%} by its accounting, {preset.dense:.0%} with a dense head and".replace("%", " %") in text
     )
     assert f"{preset.excluded:.0%} without one".replace("%", " %") in text
     assert preset.masked <= 0.25

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_accel.anatomy.base import AttentionKernel
@@ -40,6 +41,9 @@ def attend_with(model: nn.Module, kernel: AttentionKernel) -> Callable[[], None]
         if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
             # A cache of fixed length that is being filled: what comes after the queries is still empty.
             key, value = (x[:, :, : query.shape[2]] for x in (key, value))
+        if attention_mask is None and (ends := kwargs.get("cu_seq_lens_q")) is not None:
+            # Kernels for packed sequences get their boundaries, and no mask.
+            attention_mask = _within_sequences(ends, query.shape[2])
         out = kernel(query, key, value, attention_mask, scale=scaling, dropout=dropout, training=bool(module.training))
         return out.transpose(1, 2).contiguous(), None
 
@@ -62,6 +66,18 @@ def attend_with(model: nn.Module, kernel: AttentionKernel) -> Callable[[], None]
             module.config = config
 
     return undo
+
+
+def _within_sequences(boundaries: Tensor, num_tokens: int) -> Tensor:
+    """Return which earlier tokens of its own sequence each token sees.
+
+    Args:
+        boundaries: Where each packed sequence begins, and where the last one ends; shape (sequences + 1,).
+        num_tokens: Tokens of all of them.
+    """
+    places = torch.arange(num_tokens, device=boundaries.device)
+    sequence = torch.searchsorted(boundaries.to(places.dtype), places, right=True)
+    return (sequence[:, None] == sequence[None]).tril()[None, None]
 
 
 def own_implementation(model: nn.Module, present: str | None) -> str | None:

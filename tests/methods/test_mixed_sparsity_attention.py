@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lit_accel.anatomy import anatomy_of
+from lit_accel.anatomy.hugging_face_attention import attend_with
 from lit_accel.draws import generator
 from lit_accel.methods.mixed_sparsity import AttentionPattern
 from lit_accel.methods.mixed_sparsity.attention import PATTERNS
@@ -423,3 +424,22 @@ def test_only_causal_models_can():
     expected = run(decoder, x, allowed("union", 4, 14).expand(2, 1, -1, -1))
     anatomy_of(decoder).attend(decoder, AttentionPattern("union", 4))
     assert_same_run(run(decoder, x), expected)
+
+
+@pytest.mark.parametrize("in_evaluation", [True, False])
+def test_packed_sequences_that_are_told_by_their_boundaries(in_evaluation):
+    """As to a kernel for them, which gets no mask: no token sees one of another sequence."""
+    torch.manual_seed(0)
+    model = make_model("llama-gqa", dtype=torch.float64)
+    ids = torch.randint(model.config.vocab_size, (1, 12))
+    given = {
+        "position_ids": torch.cat([torch.arange(5), torch.arange(7)])[None],
+        "cu_seq_lens_q": torch.tensor([0, 5, 12], dtype=torch.int32),
+        "cu_seq_lens_k": torch.tensor([0, 5, 12], dtype=torch.int32),
+    }
+    undo = attend_with(model, AttentionPattern("window", 4, in_evaluation))
+    model.train(in_evaluation)
+    whole = model(input_ids=ids, **given).logits
+    alone = [model(input_ids=ids[:, part]).logits for part in (slice(0, 5), slice(5, 12))]
+    undo()
+    torch.testing.assert_close(whole, torch.cat(alone, dim=1))

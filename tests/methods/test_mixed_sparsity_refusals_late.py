@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -22,7 +23,7 @@ from tests.methods.test_mixed_sparsity_refusals import (
     refuse,
     setup_with,
 )
-from tests.training import TinyModule
+from tests.training import TinyModule, loader, make_trainer
 
 # Optimizers
 
@@ -49,7 +50,7 @@ def test_optimizers_that_are_named_work(tmp_path, optimizer):
 def test_shards_of_an_optimizer():
     optimizer = object.__new__(ZeroRedundancyOptimizer)
     with pytest.raises(MisconfigurationException, match=r"not for ZeroRedundancyOptimizer\. Use one of these"):
-        check_optimizers(types.SimpleNamespace(optimizers=[optimizer]))
+        check_optimizers(types.SimpleNamespace(optimizers=[optimizer]), None, types.SimpleNamespace(spaces=["one"]))
 
 
 class TwoOptimizers(TinyModule):
@@ -64,7 +65,7 @@ def test_two_optimizers(tmp_path):
     """Which Lightning itself refuses with automatic optimization."""
     refuse(tmp_path, [mst()], ["only supported with manual optimization"], TwoOptimizers(), error=RuntimeError)
     with pytest.raises(MisconfigurationException, match="works with one optimizer, and there are 2"):
-        check_optimizers(types.SimpleNamespace(optimizers=[torch.optim.AdamW([torch.zeros(1)])] * 2))
+        check_optimizers(types.SimpleNamespace(optimizers=[torch.optim.AdamW([torch.zeros(1)])] * 2), None, None)
 
 
 @pytest.mark.parametrize("kind", [TinyModule, TwoOptimizers])
@@ -105,7 +106,113 @@ def test_frozen_weights_without_units(tmp_path):
     assert fit(tmp_path, [mst()], module).losses
 
 
+def test_weights_that_are_frozen_late(tmp_path):
+    """A module's own setup comes after that of its callbacks."""
+
+    class Late(TinyModule):
+        def setup(self, stage):
+            self.net.transformer.h[0].requires_grad_(False)
+
+    refuse(tmp_path, [mst()], ["is frozen", "Train it"], Late())
+
+
+def test_weights_that_no_optimizer_has(tmp_path):
+    class Partly(TinyModule):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.net.transformer.ln_f.parameters(), lr=1e-3)
+
+    refuse(tmp_path, [mst()], ["is in no parameter group", "Give it to the optimizer"], Partly())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "longest"),
+    [
+        ("AdamW", {"betas": (0.9, 0.999)}, "6.6"),
+        ("RMSprop", {"alpha": 0.99}, "10.0"),
+        ("AdamW", {"betas": (0.9, 0.95)}, None),
+        ("AdamW", {"betas": (0.9, 0.98)}, None),
+        ("SGD", {"momentum": 0.9}, None),
+        ("Adamax", {}, None),
+    ],
+)
+def test_first_steps_of_units_that_come_back(tmp_path, recwarn, optimizer, options, longest):
+    class Module(TinyModule):
+        def configure_optimizers(self):
+            return getattr(torch.optim, optimizer)(self.parameters(), lr=1e-3, **options)
+
+    fit(tmp_path, [mst()], Module(), max_steps=1)
+    said = [str(each.message) for each in recwarn if "begin with steps" in str(each.message)]
+    assert len(said) == (longest is not None)
+    assert longest is None or f"up to {longest} times the learning rate" in said[0]
+
+
+@pytest.mark.parametrize("optimizer", ["Adafactor", "AdamW"])
+def test_what_only_concerns_units_is_not_asked_of_runs_without(tmp_path, optimizer):
+    for options in ({}, WINDOW):
+        module = TinyModule(optimizer=getattr(torch.optim, optimizer))
+        assert fit(tmp_path, [mst(stages=[(0, 0.0)], **options), EMAWeightAveraging()], module).losses
+
+
+# The phase of a pattern
+
+
+@pytest.mark.parametrize("phase", [(0.5, 1), (8, 0.2)])
+def test_a_phase_that_ends_before_it_begins(tmp_path, phase):
+    messages = [r"attention_phase is \[.*it ends before it begins", "Write both bounds as steps, or both as shares"]
+    refuse(tmp_path, [mst(**WINDOW, attention_phase=phase)], messages)
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        ((30, 40), "No step will follow attention_pattern"),
+        ((0.5, 0.5), "No step will follow attention_pattern"),
+        ((0.5, 1.0), "the model that it leaves behind attends densely"),
+        ((2, 8), None),
+    ],
+)
+def test_a_phase_that_is_not_what_was_meant(tmp_path, recwarn, phase, message):
+    fit(tmp_path, [mst(**WINDOW, attention_phase=phase)], max_steps=10)
+    said = [str(each.message) for each in recwarn]
+    for known in ("No step will follow", "attends densely"):
+        assert any(known in each for each in said) == (message is not None and known in message)
+
+
+# Schedules that do less than they say
+
+
+def test_units_that_are_too_few_to_be_exchanged(tmp_path):
+    with pytest.warns(UserWarning, match="is less than one in every group"):
+        fit(tmp_path, [mst(ffn_units="2:4", attention_units="dense", drop_fraction=0.3)])
+
+
+def test_stages_without_units(tmp_path):
+    with pytest.warns(UserWarning, match="switches nothing off"):
+        fit(tmp_path, [mst(ffn_units="dense", attention_units="dense")])
+
+
+def test_a_trainer_that_goes_on_with_other_stages_says_so(tmp_path):
+    callback = mst(stages=[(0, 0.0), (0.2, 0.5), (0.8, 0.0)])
+    trainer = make_trainer(tmp_path, callbacks=[callback], strategy="auto", max_steps=10, limit_val_batches=0)
+    module = TinyModule()
+    trainer.fit(module, loader())
+    trainer.fit_loop.epoch_loop.max_steps = 20
+    with pytest.warns(UserWarning, match="other rules of mixed sparsity: stages"):
+        trainer.fit(module, loader())
+
+
 # Compilation
+
+
+def test_a_compilation_that_comes_late(tmp_path):
+    class Late(TinyModule):
+        def configure_model(self):
+            self.net.compile(backend="eager")
+
+    module = Late()
+    with pytest.raises(MisconfigurationException, match="the whole transformer is compiled"):
+        fit(tmp_path, [mst()], module)
+    assert not module.losses
 
 
 @pytest.mark.parametrize("which", ["head and trunk", "trunk"])

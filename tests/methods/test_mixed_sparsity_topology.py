@@ -176,3 +176,16 @@ def test_scores_of_any_precision(dtype):
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=dtype)
     after = updated(mask, planned_change(4, 2, 2, 0.5), scores, scores, 1.0, generator(6))
     assert sets(after) == [{1, 3}]
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, float("inf")])
+def test_gradients_that_say_nothing_choose_nothing(value):
+    """Not the first units: after an overflow they are no better than others."""
+    mask = torch.zeros(1, 400, dtype=torch.bool)
+    mask[0, :40] = True
+    draws = torch.Generator().manual_seed(0)
+    change = Change(num_active=60, num_dropped=0, num_grown=20)
+    new = updated(mask, change, torch.ones(1, 400), torch.full((1, 400), value), 1.0, draws)
+    grown = (new & ~mask)[0].nonzero().flatten()
+    assert len(grown) == 20
+    assert grown.max() > 200

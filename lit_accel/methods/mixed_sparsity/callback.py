@@ -27,8 +27,10 @@ from lit_accel.methods.mixed_sparsity.refusals import (
     check_model,
     check_optimizers,
     check_pattern,
+    check_phase,
     check_trainer,
     warn_of_no_update,
+    warn_of_phase,
 )
 from lit_accel.methods.mixed_sparsity.schedule import DEFAULT_STAGES
 from lit_accel.methods.mixed_sparsity.sparse_model import Execution
@@ -84,8 +86,8 @@ class MixedSparsityTraining(PlannedUnits):
         head_units: Of the model's head, and of the embeddings where these are tied: ``"element"`` or ``"dense"``.
             Default: ``"dense"``.
         update_every: Optimizer steps between updates of the topology.
-        drop_fraction: Share of the active units that the first update replaces; falls to 0 along a cosine until
-            restoration starts.
+        drop_fraction: Share of the active units that an update at the start of the run replaces; falls to 0 along a
+            cosine until restoration starts, also while the run is dense.
         gradient_share: Share of the grown units that are chosen by gradient; the others are drawn.
         distribution: Over layers: ``"uniform"``, ``"er"`` or ``"erk"``. Default: ``"uniform"``.
         quantum: Numbers of active neurons are multiples of it, and at least it.
@@ -93,7 +95,8 @@ class MixedSparsityTraining(PlannedUnits):
         attention_pattern: ``"window"``, ``"strided"``, ``"fixed"`` or ``"union"`` (window or strided), of causal
             models; ``"dense"`` for dense attention throughout. Default: ``"dense"``.
         attention_window: Window, stride or chunk of the pattern, in tokens.
-        attention_phase: First step that follows the pattern, and the first one after.
+        attention_phase: First step that follows the pattern, and the first one after; each in optimizer steps (int) or
+            as a share of the run (float). 1.0 is the end of the run, and 1 its second step.
         evaluate_pattern: Whether evaluation follows the pattern too, in that phase.
         execution: ``"compact"`` takes neurons, heads and tiles out of the model; ``"masked"`` leaves them in, for
             comparison: as slow as dense.
@@ -202,7 +205,8 @@ class MixedSparsityTraining(PlannedUnits):
         self.targets = None
         anatomy = anatomy_of(transformer)
         prepare_run(trainer)
-        check_trainer(trainer, pl_module, self)
+        if not self.is_neutral:
+            check_trainer(trainer, pl_module, self, reshapes=self._ever_sparse)
         if self._ever_sparse:
             check_compilation(pl_module, transformer, anatomy, type(self).__name__)
         if self.attention_pattern is not None:
@@ -223,12 +227,19 @@ class MixedSparsityTraining(PlannedUnits):
             )
         transformer = find_transformer(pl_module)[1]
         self.targets = targets = self._targets_of(anatomy_of(transformer), int(num_steps))
-        evaluates = bool(trainer.limit_val_batches) and is_overridden("validation_step", pl_module)
-        check_graphs(transformer, targets, evaluates)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            warn_of_no_update(targets)
+        check_graphs(transformer, targets, self._evaluates(trainer, pl_module))
+        check_phase(targets, self.attention_phase)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        warn_of_no_update(targets)
+        warn_of_phase(targets, self.attention_phase)
+        if self._ever_sparse and not targets.spaces:
+            rank_zero_warn(
+                f"{type(self).__name__} switches nothing off, whatever stages say: all of its units are "
+                '"dense". Choose ffn_units or attention_units.'
+            )
         last = targets.schedule.sparsity(max(int(num_steps) - 1, 0))
-        if last > 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if last > 0:
             rank_zero_warn(
                 f"The last steps of the run have the sparsity {last}: it will end with units switched off, in a model "
                 "that is as large as a dense one. Let stages end with a sparsity of 0, some steps before the end."
@@ -240,7 +251,8 @@ class MixedSparsityTraining(PlannedUnits):
             self.resolve(trainer, pl_module)
         assert self.targets is not None
         coordinator_of(trainer).check_run(pl_module)
-        check_optimizers(trainer)
+        if not self.is_neutral:
+            self._check_what_is_trained(trainer, pl_module)
         data = getattr(trainer, "datamodule", None)
         num_tokens = self.targets.anatomy.num_tokens or getattr(data, "block_size", None)
         if num_tokens is None or not self._ever_sparse or len(coordinator_of(trainer).methods) > 1:
@@ -254,6 +266,22 @@ class MixedSparsityTraining(PlannedUnits):
             f"{type(self).__name__} alone will cost {shares.dense:.1%} of the FLOPs of a dense run; "
             f"{shares.masked:.1%} were the model's head as sparse as its blocks, {shares.excluded:.1%} without it."
         )
+
+    def _check_what_is_trained(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look once more: a module's own ``setup`` and ``configure_model`` come after those of callbacks."""
+        transformer = find_transformer(pl_module)[1]
+        anatomy = anatomy_of(transformer)
+        assert self.targets is not None
+        # Of the size that it has here: a run may resume at a smaller one.
+        targets = self._targets_of(anatomy, self.targets.schedule.num_steps)
+        check_optimizers(trainer, transformer, targets)
+        check_graphs(transformer, targets, self._evaluates(trainer, pl_module))
+        if self._ever_sparse:
+            check_compilation(pl_module, transformer, anatomy, type(self).__name__)
+            check_model(transformer, targets)
+
+    def _evaluates(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        return bool(trainer.limit_val_batches) and is_overridden("validation_step", pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the masks of a checkpoint; warn if rules have changed since it was written."""
@@ -305,6 +333,8 @@ class MixedSparsityTraining(PlannedUnits):
         if self._sparsity is not None:
             self._sparsity.close()
             self._state = self._sparsity.to_state()
+            # Of a Trainer that goes on, where a longer run has its stages elsewhere.
+            self._loaded_rules = self._rules()
             self._sparsity = None
 
     # During training

@@ -25,6 +25,8 @@ SUPPORTED_OPTIMIZERS: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.SGD,
 )
 """Optimizers whose state has a zero that means "nothing seen yet", entry by entry."""
+# In learning rates: what (0.9, 0.99) comes to is below it, what torch's own (0.9, 0.999) does is twice as much.
+_LONGEST_STEP = 3.0
 # Each keeps parameters, or copies of them, of one shape.
 _INCOMPATIBLE: dict[type, str] = {
     WeightAveraging: "averages weights of one shape",
@@ -105,11 +107,63 @@ def warn_of_no_update(targets: Targets) -> None:
         return
     first, end = sparse[0], schedule.restoration_start or sparse[-1] + 1
     every = schedule.update_every
-    if not any(step % every == 0 for step in range(first + 1, end)):
+    updates = [step for step in range(first + 1, end) if step % every == 0]
+    if updates and not any(_num_dropped(targets, step) for step in updates):
+        rank_zero_warn(
+            f"No unit will ever be exchanged: drop_fraction={schedule.drop_fraction} of those that are on is less than "
+            "one in every group at each update. Raise it, or say with drop_fraction=0 that this is meant."
+        )
+    if not updates:
         rank_zero_warn(
             f"No unit will ever be exchanged: the model is sparse from step {first} until units come back at {end}, "
             f"and update_every={every} falls on none of these steps. Set it to about {max(1, (end - first) // 20)}, "
             "lengthen the run, or say with drop_fraction=0 that this is meant."
+        )
+
+
+def _num_dropped(targets: Targets, step: int) -> int:
+    return sum(change.num_dropped for change in targets.changes(step, targets.counts(step)).values())
+
+
+def check_phase(targets: Targets, given: tuple[int | float, int | float]) -> None:
+    """Check that the pattern's phase does not end before it begins.
+
+    Args:
+        targets: The schedule, for the whole run.
+        given: The phase as it was written.
+
+    Raises:
+        MisconfigurationException: If it does.
+    """
+    first, end = targets.pattern_steps
+    if targets.pattern is not None and first > end:
+        hint = " A whole number is one of steps: the end of the run is 1.0." if given[1] == 1 else ""
+        raise MisconfigurationException(
+            f"attention_phase is {list(given)}, which in a run of {targets.schedule.num_steps} steps is from step "
+            f"{first} to step {end}: it ends before it begins.{hint} Write both bounds as steps, or both as shares."
+        )
+
+
+def warn_of_phase(targets: Targets, given: tuple[int | float, int | float]) -> None:
+    """Warn if no step follows the pattern, or the last one does.
+
+    Args:
+        targets: The schedule, for the whole run.
+        given: The phase as it was written.
+    """
+    first, end = targets.pattern_steps
+    num_steps = targets.schedule.num_steps
+    if targets.pattern is None:
+        return
+    if first >= min(end, num_steps):
+        rank_zero_warn(
+            f"No step will follow attention_pattern: attention_phase {list(given)} is from step {first} to step {end} "
+            f"of {num_steps}. A whole number is one of steps, and a share of the run has a point."
+        )
+    elif end >= num_steps:
+        rank_zero_warn(
+            "The last steps of the run attend by the pattern, and the model that it leaves behind attends densely, as "
+            "it was not trained to. Let attention_phase end some steps before the run does."
         )
 
 
@@ -137,13 +191,14 @@ def check_pattern(anatomy: Anatomy) -> None:
         )
 
 
-def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, callback: L.Callback) -> None:
+def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, callback: L.Callback, *, reshapes: bool) -> None:
     """Check callbacks and kind of optimization.
 
     Args:
         trainer: The Trainer.
         pl_module: Its module.
         callback: Who asks.
+        reshapes: Whether units are ever off.
 
     Raises:
         MisconfigurationException: If one of them cannot live with parameters whose shape changes.
@@ -156,33 +211,68 @@ def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, callback: L.
         )
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         for kind, reason in _INCOMPATIBLE.items():
-            if isinstance(other, kind):
+            if reshapes and isinstance(other, kind):
                 raise MisconfigurationException(
                     f"{type(other).__name__} {reason}, which {name} takes out of the model and puts back. Remove one "
                     "of the two, or use it in a second run on the final checkpoint."
                 )
 
 
-def check_optimizers(trainer: L.Trainer) -> None:
+def check_optimizers(trainer: L.Trainer, transformer: nn.Module, targets: Targets) -> None:
     """Check the optimizer, which exists only once training is about to start.
 
     Args:
         trainer: The Trainer.
+        transformer: The model.
+        targets: Its units, if any are ever off.
 
     Raises:
-        MisconfigurationException: If its state cannot be switched with the units.
+        MisconfigurationException: If its state cannot be switched with the units, or it does not train them.
     """
     if len(trainer.optimizers) != 1:
         raise MisconfigurationException(
             f"MixedSparsityTraining works with one optimizer, and there are {len(trainer.optimizers)}. Give all "
             "parameters to one, in several parameter groups if need be."
         )
+    if not targets.spaces:
+        return
     optimizer = trainer.optimizers[0]
     if not isinstance(optimizer, SUPPORTED_OPTIMIZERS):
         names = ", ".join(kind.__name__ for kind in SUPPORTED_OPTIMIZERS)
         raise MisconfigurationException(
             f"MixedSparsityTraining starts the optimizer state of units anew, and knows what that means for {names}, "
             f"not for {type(optimizer).__name__}. Use one of these, such as torch.optim.AdamW."
+        )
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = dict(transformer.named_parameters())
+    for space in targets.spaces.values():
+        if untrained := [each for each in space.names if id(parameters[each]) not in trained]:
+            raise MisconfigurationException(
+                f"{untrained[0]} is in no parameter group of the optimizer, and switching units off changes it for "
+                f'good. Give it to the optimizer, or set {space.part}_units="dense".'
+            )
+    _warn_of_first_steps(optimizer)
+
+
+def _warn_of_first_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Warn if units that come back begin with steps of many times the learning rate.
+
+    Their moments begin at zero, while the optimizer's count of steps, by which it corrects young moments, goes on.
+    Under a constant gradient the k-th step of an Adam is lr (1 - b1^k) / sqrt(1 - b2^k) long then.
+    """
+    group = optimizer.param_groups[0]
+    if isinstance(optimizer, torch.optim.RMSprop):
+        betas, option, better = (0.0, float(group["alpha"])), f"alpha={group['alpha']:g}", "a smaller alpha"
+    elif "betas" in group and not isinstance(optimizer, torch.optim.Adamax):
+        betas = (float(group["betas"][0]), float(group["betas"][1]))
+        option, better = f"betas=({betas[0]:g}, {betas[1]:g})", "betas=(0.9, 0.95)"
+    else:
+        return
+    longest = max((1 - betas[0] ** k) / (1 - betas[1] ** k) ** 0.5 for k in range(1, 100)) if betas[1] > 0 else 1.0
+    if longest > _LONGEST_STEP:
+        rank_zero_warn(
+            f"Units that are switched on begin with steps of up to {longest:.1f} times the learning rate: their "
+            f"moments start at zero, and with {option} they fill slowly. Use {better}."
         )
 
 

@@ -242,8 +242,8 @@ class SparseModel:
         data = change(parameter.data) if data is None else data
         parameter.grad = None
         # Autograd remembers the shape of a parameter for as long as anything holds an old graph or DDP its hooks, and
-        # forgets it only where the type changes.
-        parameter.data = data.new_empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float32)
+        # forgets it only where the type changes. (Not by way of 64 bits, which Apple's devices have not.)
+        parameter.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
         parameter.data = data
         parameter.grad = grad
         for state, key, value in states:

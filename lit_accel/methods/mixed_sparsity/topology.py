@@ -98,7 +98,10 @@ def updated(
     grown = torch.zeros_like(mask)
     if by_gradient:
         assert gradient is not None
-        grown = highest(_finite(gradient), by_gradient, candidates)
+        scores = _finite(gradient)
+        # After an overflow none says anything, and the first units are no better than others: all are drawn.
+        by_gradient = by_gradient if bool((scores > 0).any()) else 0
+        grown = highest(scores, by_gradient, candidates)
     if change.num_grown > by_gradient:
         draws = torch.rand(mask.shape, generator=generator).to(mask.device)
         grown = grown | highest(draws, change.num_grown - by_gradient, candidates & ~grown)
