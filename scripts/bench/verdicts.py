@@ -20,20 +20,20 @@ def verdict(evidence: Evidence, arm: Arm) -> tuple[Verdict, str]:
         arm: The method.
     """
     readings = evidence.of(arm.name)
-    missing = [
-        f"{what} at budget {' and '.join(f'x{budget:g}' for budget in budgets)} are missing"
-        for what, budgets in (
-            ("controls", [each.budget for each in readings if each.b1 is None or each.b2 is None]),
-            # Who does not know yet whether the bench can be trusted passes no judgement by it.
-            ("runs of the null method", _not_run(evidence, "null")),
-            ("runs of half the rate", _not_run(evidence, "half-lr")),
-            ("runs", _not_run(evidence, arm.name)),
-        )
-        if budgets
-    ]
+    missing: dict[str, list[str]] = {}
+    for what, budgets in (
+        ("runs", _not_run(evidence, arm.name)),
+        ("controls", [each.budget for each in readings if each.b1 is None or each.b2 is None]),
+        # Who does not know yet whether the bench can be trusted passes no judgement by it.
+        ("runs of the null method", _not_run(evidence, "null")),
+        ("runs of half the rate", _not_run(evidence, "half-lr")),
+    ):
+        if budgets:
+            missing.setdefault(" and ".join(f"x{budget:g}" for budget in budgets), []).append(what)
     reasons = "; ".join(_reasons(evidence, reading) for reading in readings)
     if missing:
-        return "not finished", "; ".join([*([reasons] if reasons else []), *missing])
+        said = [f"{_listed(whats)} at budget {budgets} are missing" for budgets, whats in missing.items()]
+        return "not finished", "; ".join([*([reasons] if reasons else []), *said])
     if null_holds(evidence) is False:
         return "undecided", f"{reasons}; the null method was told from nothing, so no verdict holds"
     if half_rate_is_seen(evidence) is False:
@@ -49,6 +49,11 @@ def verdict(evidence: Evidence, arm: Arm) -> tuple[Verdict, str]:
     if all(_loses(evidence, reading) for reading in readings):
         return "does not help", reasons
     return "undecided", reasons
+
+
+def _listed(names: list[str]) -> str:
+    *firsts, last = names
+    return f"{', '.join(firsts)} and {last}" if firsts else last
 
 
 def _not_run(evidence: Evidence, arm: str) -> list[float]:
