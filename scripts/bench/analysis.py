@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -100,6 +101,15 @@ class Reading:
     def loss(self) -> tuple[float, float]:
         """Mean and standard deviation of the held-out losses."""
         return mean_and_deviation([end.loss for end in self.ends])
+
+    def saving(self, cost: Cost) -> Saving:
+        """Return what it saved, in FLOPs or in seconds."""
+        return self.in_flops if cost == "flops" else self.in_seconds
+
+    def dominates(self, other: Reading, cost: Cost) -> bool:
+        """Whether it cost no more than another arm and ended no higher."""
+        theirs, mine = (fmean(getattr(end, cost) for end in each.ends) for each in (other, self))
+        return mine <= theirs and self.loss[0] <= other.loss[0]
 
     @property
     def loses_to_a_control(self) -> bool:
@@ -315,17 +325,27 @@ class Evidence:
         )
 
     def better_model(self, reading: Reading, cost: Cost = "flops") -> Reading | None:
-        """Return the cheapest smaller dense model that costs no more than an arm and ends no higher, if there is one.
+        """Return the smaller dense model that does best of those that do better than an arm, if there is one.
+
+        It saves more, or it costs no more and ends no higher, which says the same where no saving can be read.
 
         Args:
             reading: The arm, at a budget.
             cost: In FLOPs or in seconds.
         """
-        for model in self.smaller_models:
-            theirs, mine = (fmean(getattr(end, cost) for end in each.ends) for each in (model, reading))
-            if model.budget == reading.budget and theirs <= mine and model.loss[0] <= reading.loss[0]:
-                return model
-        return None
+        mine = reading.saving(cost).share
+
+        def gain(model: Reading) -> float:
+            theirs = model.saving(cost).share
+            return -math.inf if theirs is None else theirs
+
+        better = [
+            model
+            for model in self.smaller_models
+            if model.budget == reading.budget
+            and (model.dominates(reading, cost) or (mine is not None and gain(model) > mine))
+        ]
+        return max(better, key=gain, default=None)
 
     def _saving(self, frontier: Frontier, ends: Sequence[End]) -> Saving:
         return saving_against(frontier, Cell.of(ends, frontier.cost), self._cells[frontier.cost], self.num_draws)

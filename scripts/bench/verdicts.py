@@ -68,7 +68,7 @@ def null_holds(evidence: Evidence, cost: Cost = "flops") -> bool | None:
         evidence: What the log says.
         cost: In FLOPs or in seconds.
     """
-    savings = [reading.in_flops if cost == "flops" else reading.in_seconds for reading in evidence.of("null")]
+    savings = [reading.saving(cost) for reading in evidence.of("null")]
     known = [(saving.low, saving.high) for saving in savings if saving.low is not None and saving.high is not None]
     return all(low <= 0 <= high for low, high in known) if known else None
 
@@ -101,7 +101,10 @@ def _reasons(evidence: Evidence, reading: Reading) -> str:
         *(_against(name, gap) for name, gap in (("B1", reading.b1), ("B2", reading.b2)) if gap is not None),
     ]
     if better := evidence.better_model(reading):
-        parts.append(f"{better.arm.title} cost less and end no higher")
+        said = "cost less and end no higher" if better.dominates(reading, "flops") else "save more"
+        parts.append(f"{better.arm.title} {said}")
+    elif better := evidence.better_model(reading, "seconds"):
+        parts.append(f"{better.arm.title} save more seconds")
     return ", ".join(parts)
 
 

@@ -15,7 +15,7 @@ from scripts.bench.verdicts import verdict
 from tests.bench.planted import DEVIATION, EXCESS, FLOOR, POWER, SHARES, planted_log
 
 # What a unit of an arm's compute is worth in dense compute; 1 for all others.
-WORTH = {"vcycle": 1.4, "pld-paper": 0.8, "mst-units": 0.5, "ltd": 1.3, "smaller-6": 1.6, "smaller-7": 1.6}
+WORTH = {"vcycle": 1.8, "pld-paper": 0.8, "mst-units": 0.5, "ltd": 1.3, "smaller-6": 1.6, "smaller-7": 1.6}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def evidence(rows):
 
 
 @pytest.mark.parametrize("budget", GPT.budgets)
-@pytest.mark.parametrize(("arm", "worth"), [("vcycle", 1.4), ("ltd", 1.3), ("pld-paper", 0.8), ("sbld", 1.0)])
+@pytest.mark.parametrize(("arm", "worth"), [("vcycle", 1.8), ("ltd", 1.3), ("pld-paper", 0.8), ("sbld", 1.0)])
 def test_a_planted_saving_is_found_within_its_interval(evidence, arm, worth, budget):
     (reading,) = [each for each in evidence.of(arm) if each.budget == budget]
     saving = reading.in_flops
@@ -100,6 +100,17 @@ def test_a_method_does_not_help_where_a_cheaper_dense_model_ends_as_low():
     word, why = verdict(evidence, arm)
     assert word == "undecided"
     assert "dense, 2 blocks cost less and end no higher" in why
+
+
+def test_a_smaller_model_that_saves_more_does_better_though_it_ends_higher():
+    """It costs far less."""
+    evidence = Evidence(GPT, planted_log({**WORTH, "smaller-2": 3.0}), 100)
+    for reading in evidence.of("vcycle"):
+        model = evidence.better_model(reading)
+        assert (model.arm.name, model.budget) == ("smaller-2", reading.budget)
+        assert model.loss[0] > reading.loss[0]
+    (arm,) = [arm for arm in evidence.study.others if arm.name == "vcycle"]
+    assert "dense, 2 blocks save more" in verdict(evidence, arm)[1]
 
 
 def test_a_unit_of_seconds_that_changes_from_cell_to_cell_widens_what_is_said_of_seconds(rows, evidence):
