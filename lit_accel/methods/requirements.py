@@ -157,3 +157,21 @@ def require_training_mode(transformer: nn.Module, anatomy: Anatomy, method: str)
                 f"{block.path} is in evaluation mode, in which {method} drops nothing, and Lightning leaves it so. "
                 "Models of from_pretrained come in evaluation mode: call model.train() after loading."
             )
+
+
+def require_counted_steps(trainer: L.Trainer, method: str) -> None:
+    """Check that the optimizer steps of a run are as many as Lightning has estimated, by which schedules are placed.
+
+    Args:
+        trainer: The Trainer, with its optimizers.
+        method: Who asks, for messages.
+
+    Raises:
+        MisconfigurationException: If each of several optimizers steps by itself, in a run whose length is in epochs.
+    """
+    if len(trainer.optimizers) > 1 and trainer.max_epochs != -1:
+        raise MisconfigurationException(
+            f"{method} places its schedule by optimizer steps. There are {len(trainer.optimizers)} optimizers, and the "
+            "length of the run in epochs says nothing of how often each of them steps. Give the Trainer max_steps, "
+            "which counts the steps of all of them, and max_epochs=-1."
+        )

@@ -16,6 +16,7 @@ from lit_accel import (
     MultiLevelTraining,
     ProgressiveLayerDropping,
     ProgressiveLayerDroppingMixin,
+    RandomLTD,
     SensitivityLayerDropping,
 )
 from lit_accel.anatomy import AnatomyError, compile_blocks
@@ -427,3 +428,30 @@ def test_a_checkpoint_of_a_newer_version(make):
     state = {**make().state_dict(), "version": 99}
     with pytest.raises(MisconfigurationException, match=r"format 99.*Update lit-accel"):
         make().load_state_dict(state)
+
+
+class TwoOptimizers(TinyModule):
+    """Each steps at every batch: twice as many steps as batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.AdamW(part.parameters(), lr=1e-3) for part in (self.net.transformer.h, self.net.lm_head)]
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("method", [ProgressiveLayerDropping, RandomLTD])
+def test_steps_of_several_optimizers_are_not_counted_in_epochs(tmp_path, method):
+    module = TwoOptimizers()
+    with pytest.raises(MisconfigurationException, match=r"There are 2 optimizers.*max_steps"):
+        make_trainer(tmp_path, callbacks=[method()], max_epochs=1).fit(module, loader())
+    assert not module.losses
+    make_trainer(tmp_path, callbacks=[method()], max_steps=6, max_epochs=-1).fit(module, loader())
+    assert len(module.losses) == 3

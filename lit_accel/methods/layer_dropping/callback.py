@@ -34,6 +34,7 @@ from lit_accel.methods.requirements import (
     check_levels,
     check_rules,
     digest_of,
+    require_counted_steps,
     require_equal_on_ranks,
     require_training_mode,
 )
@@ -223,6 +224,8 @@ class LayerDropping(Method):
         """Plan for data that the module has made by now."""
         if self.needs_length and self.num_steps is None:
             self.resolve(trainer, pl_module)
+        if self.needs_length and self.drops:
+            require_counted_steps(trainer, type(self).__name__)
         self._coordinator.check_run(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -28,6 +28,7 @@ from lit_accel.methods.requirements import (
     check_levels,
     check_rules,
     data_rank,
+    require_counted_steps,
     require_training_mode,
 )
 from lit_accel.methods.token_dropping.books import TokenBooks, TokenCount
@@ -248,6 +249,8 @@ class RandomLTD(PlannedTokens):
         """Plan for data that the module has made by now, say what is saved, and tell the learning-rate schedule."""
         if self.schedule is None:
             self.resolve(trainer, pl_module)
+        if self.drops and isinstance(self.growth, float):
+            require_counted_steps(trainer, type(self).__name__)
         num_tokens = self._known_tokens(trainer)
         if self.drops and num_tokens is not None:
             self._predict(pl_module, num_tokens)
