@@ -58,9 +58,8 @@ def blocks() -> dict[Path, dict[str, str]]:
             f"study:{name}:costs": _by_budget(each, tables.costs_table),
             f"study:{name}:tuning": tables.tuning_table(each),
         }
-    summary = [tables.state(rows)]
-    for each in found.values():
-        summary += [tables.regime(each), tables.verdicts_table(each)]
+    summary = [tables.state(rows), *(f"- {tables.regime(each)}" for each in found.values())]
+    summary += [tables.summary_table(found)]
     cards = {
         ROOT / "lit_accel" / "methods" / method / "README.md": {
             "results:study": "\n\n".join(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -16,12 +16,15 @@ from scripts.bench.jobs import jobs, row_key
 from scripts.bench.log import Row
 from scripts.bench.study import DENSE, TOGETHER, Arm
 from scripts.bench.tuning import is_interior
-from scripts.bench.verdicts import saved, verdict
+from scripts.bench.verdicts import controls, saved, verdict
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+_EXPLORATORY = " (exploratory)"
 
 
 def state(rows: Sequence[Row]) -> str:
@@ -224,6 +227,24 @@ def verdicts_table(evidence: Evidence) -> str:
     lines = [[arm.title, f"**{word}**", why] for arm in run for word, why in [verdict(evidence, arm)]]
     missing = ", ".join(arm.title for arm in methods if arm not in run)
     return table(["method", "verdict", "why"], lines) + (f"\n\nNot run yet: {missing}." if missing else "")
+
+
+def summary_table(found: Mapping[str, Evidence]) -> str:
+    """Return the verdicts of all rungs side by side, without the reasons that are the same for many."""
+    titles: dict[str, str] = {}
+    cells: dict[str, dict[str, str]] = {}
+    for rung, evidence in found.items():
+        for arm in evidence.study.others:
+            readings = evidence.of(arm.name)
+            if arm.role != "method" or not readings:
+                continue
+            titles.setdefault(arm.name, arm.title.removesuffix(_EXPLORATORY))
+            said = [", ".join([f"x{reading.budget:g} {saved(reading)}", *controls(reading)]) for reading in readings]
+            note = "exploratory, " if arm.title.endswith(_EXPLORATORY) else ""
+            cells.setdefault(arm.name, {})[rung] = f"**{note}{verdict(evidence, arm)[0]}**: {'; '.join(said)}"
+    headings = [evidence.rung.title.partition(",")[0] for evidence in found.values()]
+    lines = [[title, *(cells[name].get(rung, "") for rung in found)] for name, title in titles.items()]
+    return table(["method", *headings], lines)
 
 
 def tuning_table(evidence: Evidence) -> str:

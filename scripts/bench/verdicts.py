@@ -96,10 +96,7 @@ def _loses(evidence: Evidence, reading: Reading) -> bool:
 
 
 def _reasons(evidence: Evidence, reading: Reading) -> str:
-    parts = [
-        f"at x{reading.budget:g} {saved(reading)}",
-        *(_against(name, gap) for name, gap in (("B1", reading.b1), ("B2", reading.b2)) if gap is not None),
-    ]
+    parts = [f"at x{reading.budget:g} {saved(reading)}", *controls(reading)]
     if better := evidence.better_model(reading):
         said = "cost less and end no higher" if better.dominates(reading, "flops") else "save more"
         parts.append(f"{better.arm.title} {said}")
@@ -114,6 +111,11 @@ def saved(reading: Reading) -> str:
         return f"ends {str(reading.in_flops.reason).rpartition(': ')[2]}"
     flops = f"{reading.in_flops.share:+.0%} FLOPs"
     return flops if reading.in_seconds.share is None else f"{flops} and {reading.in_seconds.share:+.0%} seconds saved"
+
+
+def controls(reading: Reading) -> list[str]:
+    """Say in words how a method stands against its controls, as far as they were run."""
+    return [_against(name, gap) for name, gap in (("B1", reading.b1), ("B2", reading.b2)) if gap is not None]
 
 
 def _against(name: str, gap: Gap) -> str:
