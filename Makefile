@@ -14,15 +14,18 @@ install: $(STAMP)  ## a virtual environment with lit-accel and everything it nee
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"lit-accel needs Python 3.11 to 3.13; this is {v[0]}.{v[1]}. Run: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
+	@# On all cores, where pip would take one. Some libraries ship files that are no Python of this version.
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true
 	@touch $@
 
 demo: $(STAMP)  ## train a small GPT densely and by V-cycle on real text; writes runs/demo
 	$(BIN)/python -m scripts.demo
 
 test: $(STAMP)  ## the tests, two-process ones included
-	@# A process a core; the tests of a file share one, since some share a run that takes long.
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	@# A process a core and one more, since some tests wait for processes that they have started. The tests of a file
+	@# share one, because some share a run that takes long.
+	$(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print((os.cpu_count() or 1) + 1)') --dist loadfile
 
 check: $(STAMP)  ## lint, format and type check
 	$(BIN)/ruff check .

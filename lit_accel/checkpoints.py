@@ -131,9 +131,14 @@ def local_path(path: Any) -> Path:
         path: As a user gives it: ``~`` is the home folder, and it may begin with ``file://``.
 
     Returns:
-        The absolute path; for what is not of a local file system, the same path.
+        The absolute path.
+
+    Raises:
+        ValueError: If it is not one of a local file system.
     """
-    return Path(fsspec.core.url_to_fs(str(path))[1] if _is_local(path) else path)
+    if not _is_local(path):
+        raise ValueError(f"{path} is not on a local file system. Give a local folder.")
+    return Path(fsspec.core.url_to_fs(str(path))[1])
 
 
 @contextmanager
@@ -163,6 +168,9 @@ def replaced_folder(path: Path, *, is_writer: bool, barrier: Callable[[], None])
             if file.is_file():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
+        if path.is_symlink():
+            # As ModelCheckpoint(save_last="link") makes them; what it leads to is another checkpoint.
+            path.unlink()
         if not path.exists():
             partial.rename(path)
         elif not _exchange(partial, path):
@@ -202,7 +210,7 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

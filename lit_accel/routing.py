@@ -82,7 +82,8 @@ def with_hidden_states(output: Any, hidden_states: Tensor) -> Any:
 class BlockRouting:
     """The interception of one transformer's blocks; :func:`routing_of` returns it.
 
-    Handlers see calls in training mode only, and none with a cache: evaluation and generation are never touched.
+    Handlers see calls in training mode only, and none with a cache: neither evaluation is touched nor generation, which
+    uses one unless it is told not to.
     Nothing is intercepted while there is no handler.
 
     Args:

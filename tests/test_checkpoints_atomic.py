@@ -17,8 +17,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_accel import AtomicCheckpointIO, ComputeLedger, MultiLevelTraining, ProgressiveLayerDropping
-from lit_accel.checkpoints import replaced_folder, whole_folder
+from lit_accel import (
+    AtomicCheckpointIO,
+    ComputeLedger,
+    MultiLevelTraining,
+    ProgressiveLayerDropping,
+    TrainingGuard,
+)
+from lit_accel.checkpoints import local_path, replaced_folder, whole_folder
 from tests.methods.test_multilevel_checkpoints import StopAt
 from tests.training import TinyModule, loader, make_trainer
 
@@ -343,3 +349,26 @@ def test_damaged_states_are_refused_by_name(tmp_path):
     ):
         with pytest.raises(MisconfigurationException, match=message):
             resume(change)
+
+
+@pytest.mark.parametrize("is_broken", [True, False])
+def test_a_folder_takes_the_place_of_a_link(tmp_path, is_broken):
+    """ModelCheckpoint(save_last="link") leaves one, which outlives what it leads to; that is another checkpoint."""
+    folder, best = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
+    write(best, "best")
+    folder.symlink_to("best.ckpt")
+    if is_broken:
+        (best / "part").unlink()
+        best.rmdir()
+    write(folder, "new")
+    assert not folder.is_symlink()
+    assert (folder / "part").read_text() == "new"
+    assert is_broken or (best / "part").read_text() == "best"
+
+
+def test_paths_that_are_not_local_are_refused_where_only_local_ones_work(tmp_path):
+    with pytest.raises(ValueError, match=r"s3://bucket/run is not on a local file system"):
+        local_path("s3://bucket/run")
+    guard = TrainingGuard(roll_back=True, folder="s3://bucket/run")
+    with pytest.raises(ValueError, match="not on a local file system"):
+        make_trainer(tmp_path, callbacks=[guard], max_steps=1).fit(TinyModule(), loader())

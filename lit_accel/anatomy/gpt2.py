@@ -7,18 +7,13 @@ from typing import Any
 from torch import nn
 
 from lit_accel.anatomy.base import Anatomy, AnatomyError, Attention, Size
-from lit_accel.anatomy.hugging_face import HuggingFaceFamily
+from lit_accel.anatomy.hugging_face import HuggingFaceFamily, is_causal
 from lit_accel.anatomy.registry import register_anatomy
 
 _HEADS = "heads*head_dim"
 
 
 def _axes(config: Any) -> dict[str, int]:
-    if config.scale_attn_by_inverse_layer_idx:
-        raise AnatomyError(
-            "This GPT-2 scales its attention by the index of the layer (scale_attn_by_inverse_layer_idx), which merged "
-            "or repeated blocks cannot keep. Set it to false."
-        )
     return {
         "vocab": config.vocab_size,
         "positions": config.n_positions,
@@ -31,6 +26,11 @@ def _axes(config: Any) -> dict[str, int]:
 
 
 def _resize(config: Any, size: Size) -> None:
+    if config.scale_attn_by_inverse_layer_idx and size.depths != (config.n_layer,):
+        raise AnatomyError(
+            "This GPT-2 scales its attention by the index of the layer (scale_attn_by_inverse_layer_idx), which merged "
+            "or repeated blocks cannot keep. Set it to false, or use depth factor 1."
+        )
     config.n_embd, config.n_head = size.axes["embed"], size.axes["heads"]
     (config.n_layer,) = size.depths
     # Left unset where it stands for the usual ratio, so that the config of a grown model is the one it began with.
@@ -75,7 +75,7 @@ _FAMILY = HuggingFaceFamily(
     width_axes=(("embed",), ("heads",), ("ffn",)),
     attributes={"attn.num_heads": "heads", "attn.split_size": "heads*head_dim"},
     axes=_axes,
-    attention=lambda config, index: Attention(heads=("heads",), head_dim="head_dim", causal=True),
+    attention=lambda config, index: Attention(heads=("heads",), head_dim="head_dim", causal=is_causal(config)),
     resize=_resize,
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -76,6 +76,12 @@ class HuggingFaceFamily:
         base: Any = getattr(model, "base_model_prefix", "")
         prefix = f"{base}." if isinstance(getattr(model, base, None), nn.Module) else ""
         container = f"{prefix}{self.container}"
+        num_found = len(cast(nn.ModuleList, model.get_submodule(container)))
+        if num_found != num_blocks:
+            raise AnatomyError(
+                f"{type(model).__name__} has {num_found} blocks in {container}, and its config says {num_blocks}. If "
+                f"blocks were taken out, say so there: model.config.num_hidden_layers = {num_found}."
+            )
         blocks = tuple(
             Block(
                 path=f"{container}.{index}",
@@ -138,6 +144,10 @@ class HuggingFaceFamily:
         config._attn_implementation = own_implementation(model, config._attn_implementation)
         self.resize(config, size)
         resized = build_without_init(lambda: type(model)(config))
+        for path, module in model.named_modules():
+            # A choice of whoever built the model, of which its config knows nothing.
+            if getattr(module, "pooler", module) is None:
+                setattr(resized.get_submodule(path), "pooler", None)  # noqa: B010 - torch knows no such attribute
         generation_config = getattr(model, "generation_config", None)
         if generation_config is not None:
             resized.generation_config = copy.deepcopy(generation_config)
@@ -159,6 +169,11 @@ def resized_layer_types(config: Any, num_blocks: int) -> None:
             "cannot be changed by merging them. Use depth factor 1."
         )
     config.layer_types = [layer_types[0]] * num_blocks
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a decoder attends to earlier tokens alone; ``is_causal=False`` makes an encoder of it."""
+    return getattr(config, "is_causal", True) is not False
 
 
 def _input_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:

@@ -73,13 +73,27 @@ def read_layouts(
                 "disagree."
             )
         layouts[name] = layout
-    tied = {name for group in tied_groups(model) for name in group}
-    if unknown := sorted(set(model.state_dict()) - set(layouts) - tied):
+    if unknown := sorted(_saved_buffers(model)):
         raise AnatomyError(
             f"{type(model).__name__} keeps buffers in its state dict that the family {family!r} knows nothing "
             f"of: {', '.join(unknown)}."
         )
     return layouts
+
+
+def _saved_buffers(model: nn.Module) -> set[str]:
+    """Return the names of what a state dict holds beside parameters.
+
+    Not by making one: a sharded model would put itself together for it, and it may be in the middle of a forward pass.
+    """
+    found = set()
+    for prefix, module in model.named_modules():
+        names = {name for name, buffer in module._buffers.items() if buffer is not None}
+        names -= module._non_persistent_buffers_set
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            names.add("_extra_state")
+        found |= {f"{prefix}.{name}" if prefix else name for name in names}
+    return found
 
 
 def tied_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lit_accel.anatomy.base import Anatomy, Attention, Size
-from lit_accel.anatomy.hugging_face import HuggingFaceFamily, resized_layer_types
+from lit_accel.anatomy.hugging_face import HuggingFaceFamily, is_causal, resized_layer_types
 from lit_accel.anatomy.registry import register_anatomy
 
 _QUERIES = "kv_heads*queries_per_kv*head_dim"
@@ -53,7 +53,7 @@ def _attention(config: Any, index: int) -> Attention:
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and layer_types[index] != "sliding_attention":
         window = None
-    return Attention(heads=("kv_heads", "queries_per_kv"), head_dim="head_dim", causal=True, window=window)
+    return Attention(heads=("kv_heads", "queries_per_kv"), head_dim="head_dim", causal=is_causal(config), window=window)
 
 
 _FAMILY = HuggingFaceFamily(

@@ -108,7 +108,10 @@ def anatomy_of(model: nn.Module) -> Anatomy:
 
 def _transformers(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     # No function inside of another that calls itself: the cycle would keep a model alive that is being replaced.
-    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+    compiled = getattr(module, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        if all(_describe_function(child) is None for child in compiled.modules()):
+            return
         # Its compiled forward would go on calling the module that it was made from.
         raise AnatomyError(
             f"{path} is wrapped by torch.compile, so that it cannot be replaced by a model of another size. "

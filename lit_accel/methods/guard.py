@@ -16,6 +16,7 @@ from lit_accel.checkpoints import local_path, resume_after_saved_step
 from lit_accel.methods.coordinator import coordinator_of
 from lit_accel.methods.requirements import digest_of, require_equal_on_ranks
 from lit_accel.resizing import rebuild_recorded_size
+from lit_accel.run_folder import run_folder
 from lit_accel.stored_state import chosen_options, say_what_is_ignored
 
 CHECKPOINT_NAME = "before_transition.ckpt"
@@ -85,6 +86,8 @@ class TrainingGuard(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take note of how the optimizers were configured, before a checkpoint's state takes the place of that."""
         self._clear()
+        if self.roll_back:
+            local_path(self.folder or run_folder(trainer))
         self._options = chosen_options(trainer.optimizers)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -145,7 +148,7 @@ class TrainingGuard(L.Callback):
         if self._losses:
             self._last_losses = self._losses
         if self.roll_back and coordinator_of(trainer).transitions(step):
-            folder = self.folder or trainer.log_dir or trainer.default_root_dir
+            folder = self.folder or run_folder(trainer)
             path = trainer.strategy.broadcast(local_path(folder)) / CHECKPOINT_NAME
             trainer.save_checkpoint(path)
             self._saved = path

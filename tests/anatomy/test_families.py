@@ -21,7 +21,8 @@ from lit_accel.anatomy import (
     find_transformer,
     register_anatomy,
 )
-from tests.models import ZOO, make_model
+from lit_accel.compute import forward_flops
+from tests.models import ZOO, make_config, make_model
 
 SIZE = {"heads": 4, "head_dim": 4, "ffn": 32, "blocks": 4}
 
@@ -242,10 +243,84 @@ def test_a_parameter_of_another_shape_is_an_error():
         anatomy_of(model)
 
 
-def test_attention_that_depends_on_the_layers_index_is_refused():
-    model = transformers.GPT2Model(transformers.GPT2Config(n_layer=1, scale_attn_by_inverse_layer_idx=True))
-    with pytest.raises(AnatomyError, match="scale_attn_by_inverse_layer_idx"):
+def test_attention_that_depends_on_the_layers_index_keeps_its_depth():
+    config = transformers.GPT2Config(
+        n_layer=4, n_embd=16, n_head=4, vocab_size=60, scale_attn_by_inverse_layer_idx=True
+    )
+    model = transformers.GPT2Model(config)
+    anatomy = anatomy_of(model)
+    assert anatomy_of(build_resized(model, anatomy, anatomy.reduced(2, 1))).size == anatomy.reduced(2, 1)
+    with pytest.raises(AnatomyError, match=r"scale_attn_by_inverse_layer_idx.*depth factor 1"):
+        build_resized(model, anatomy, anatomy.reduced(1, 2))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2-tied"])
+def test_encoders_made_of_decoders_see_all_tokens(name):
+    """As transformers has it: is_causal=False in the configuration."""
+    found = {}
+    for is_causal in (True, False):
+        model = make_model(name)
+        model.config.is_causal = is_causal
+        anatomy = anatomy_of(model)
+        assert (anatomy.attend is not None) == is_causal
+        found[is_causal] = forward_flops(anatomy, 1, 16).blocks[0]
+    assert found[False] > found[True]
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_without_a_pooler(is_direct):
+    config = make_config("bert-base")
+    model = (
+        transformers.BertModel(config, add_pooling_layer=False)
+        if is_direct
+        else transformers.BertForTokenClassification(config).bert
+    )
+    anatomy = anatomy_of(model)
+    small = build_resized(model, anatomy, anatomy.reduced(2, 2))
+    assert small.pooler is None
+    assert anatomy_of(small).size == anatomy.reduced(2, 2)
+
+
+def test_blocks_that_were_taken_out_must_be_said():
+    model = make_model("bert-mlm")
+    model.bert.encoder.layer = model.bert.encoder.layer[:2]
+    with pytest.raises(AnatomyError, match=r"has 2 blocks in bert\.encoder\.layer, and its config says \d"):
         anatomy_of(model)
+    model.config.num_hidden_layers = 2
+    assert len(anatomy_of(model).blocks) == 2
+
+
+def test_a_model_is_described_without_its_state_dict(monkeypatch):
+    """Of a sharded model that would put it together, in the middle of a forward pass perhaps."""
+    model = make_model("gpt2-tied")
+    monkeypatch.setattr(type(model), "state_dict", lambda *args, **kwargs: pytest.fail("a state dict was made"))
+    anatomy_of(model)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "extra state"])
+def test_what_a_state_dict_holds_besides_is_not_passed_over(kind):
+    model = make_model("gpt2-tied")
+    if kind == "buffer":
+        model.transformer.register_buffer("passing", torch.zeros(1), persistent=False)
+        anatomy_of(model)
+        model.transformer.register_buffer("own", torch.zeros(1))
+    else:
+
+        class Stateful(torch.nn.Identity):
+            def get_extra_state(self):
+                return 1
+
+        model.transformer.drop = Stateful()
+    with pytest.raises(AnatomyError, match="keeps buffers"):
+        anatomy_of(model)
+
+
+def test_what_else_is_compiled_is_nobodys_business():
+    module = torch.nn.ModuleDict({"net": make_model("gpt2-tied"), "proj": torch.compile(torch.nn.Linear(4, 4))})
+    assert find_transformer(module)[0] == "net"
+    module["net"] = torch.compile(module["net"], backend="eager")
+    with pytest.raises(AnatomyError, match="compile_blocks"):
+        find_transformer(module)
 
 
 def test_blocks_that_attend_in_different_ways_keep_their_depth():

@@ -262,10 +262,23 @@ def on_two_processes(folder: Path) -> None:
     for strategy in ("ddp", "fsdp"):
         for checkpointing in ("reentrant", "not-reentrant"):
             train(folder, f"{strategy}-{checkpointing}", strategy, checkpointing=checkpointing)
+    untold(folder)
     rank = int(os.environ["RANK"])
     for strategy in ("ddp", "fsdp"):
         for name, value in (("seed", rank), ("quantum", 2 + 2 * rank), ("start_tokens", (0.25, 1.0)[rank])):
             disagreeing(folder, strategy, RandomLTD(**{**RULES, name: value}))
+
+
+def untold(folder: Path) -> None:
+    """Nobody says how long sequences are: what is saved is worked out in the first call, with the model in shards."""
+
+    class Plain(Deep):
+        def configure_optimizers(self):
+            return make_optimizer(self)
+
+    method, module = RandomLTD(**{**RULES, "num_tokens": None}), Plain()
+    trainer_for(folder, "fsdp", [method]).fit(module, data())
+    assert len(module.losses) == STEPS
 
 
 def disagreeing(folder: Path, strategy: str, method: RandomLTD) -> None:

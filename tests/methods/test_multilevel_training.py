@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_accel import Level, MultiLevelMixin, MultiLevelTraining, Phase
 from lit_accel.anatomy import anatomy_of, compile_blocks
@@ -303,3 +305,34 @@ def test_the_default_cycle_goes_down_and_up_once(num_levels, num_steps):
     assert levels == [*range(num_levels), *range(num_levels, -1, -1)]
     small = sum(phase.end - phase.start for phase in resolved[num_levels:-1])
     assert small == pytest.approx(num_steps / 2, abs=num_levels)
+
+
+def test_a_training_step_that_keeps_the_former_model_is_stopped(tmp_path):
+    """Nothing of the new one would be trained, without a word."""
+
+    class Keeps(TinyModule):
+        def __init__(self):
+            super().__init__()
+            self.call = functools.partial(self.net)
+
+        def loss(self, ids):
+            logits = self.call(input_ids=ids).logits
+            return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    module = Keeps()
+    cycle = MultiLevelTraining([Level()], [Phase(0, 4), Phase(1, 8), Phase(0)])
+    with pytest.raises(MisconfigurationException, match=r"none of its parameters has had a gradient.*Call self\.net"):
+        make_trainer(tmp_path, callbacks=[cycle], max_steps=20).fit(module, loader())
+    assert len(module.losses) <= 4 + 3
+
+
+def test_skipped_steps_after_a_change_of_size_are_no_reason_to_stop(tmp_path):
+    class Skips(TinyModule):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if self.trainer.global_step in (4, 5) else loss
+
+    cycle = MultiLevelTraining([Level()], [Phase(0, 4), Phase(1, 8), Phase(0)])
+    module = Skips()
+    make_trainer(tmp_path, callbacks=[cycle], max_steps=20).fit(module, loader())
+    assert len(module.losses) == 20

@@ -9,6 +9,7 @@ import lightning.pytorch as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
 
 from lit_accel.anatomy import (
     AnatomyError,
@@ -61,6 +62,8 @@ from lit_accel.resizing import (
 from lit_accel.stored_state import require_readable
 
 _STATE_VERSION = 1
+# Optimizer steps in a row that leave a model of a new size without a gradient, until that is an error.
+_MOST_UNTRAINED = 3
 
 
 class MultiLevelTraining(PlannedLevels):
@@ -177,6 +180,8 @@ class MultiLevelTraining(PlannedLevels):
         self.maps: list[LevelMap] = []
         self._path = ""
         self._level = 0
+        # Optimizer steps without any gradient since the last change of size; None once there was one.
+        self._num_untrained: int | None = None
         self._given_size: Size | None = None
         self._loaded_rules: dict[str, Any] = {}
         self._start_size: Size | None = None
@@ -400,7 +405,7 @@ class MultiLevelTraining(PlannedLevels):
             return {**kept, **{prefix + name: entry for name, entry in new.items()}}
 
         strategy.resize(rebuild, carry if self.optimizer_state != "reset" else None)
-        self._level = level
+        self._level, self._num_untrained = level, 0
         if not goes_down:
             # Only now: a growth that fails, for want of memory say, must be able to be resumed.
             self._stored.drop(level)
@@ -412,6 +417,30 @@ class MultiLevelTraining(PlannedLevels):
             f"MultiLevelTraining: step {trainer.global_step}: level {before} -> {level}, "
             f"{anatomy.num_parameters:,} parameters, {time.perf_counter() - started:.2f} s"
         )
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """See that what was put in the place of the former model is what is trained.
+
+        Raises:
+            MisconfigurationException: If some steps after a change of size none of its parameters has had a gradient.
+        """
+        if self._num_untrained is None:
+            return
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        parameters = [each for each in find_transformer(pl_module)[1].parameters() if id(each) in own]
+        if not parameters:
+            return
+        if any(parameter.grad is not None for parameter in parameters):
+            self._num_untrained = None
+            return
+        # One step may have been skipped.
+        self._num_untrained += 1
+        if self._num_untrained == _MOST_UNTRAINED:
+            raise MisconfigurationException(
+                f"Since {self._path} was replaced by a model of another size, none of its parameters has had a "
+                "gradient: the training step calls the former one, to which it must have kept a reference (a bound "
+                f"method, a partial, a pipeline). Call self.{self._path} itself."
+            )
 
     @property
     def _num_merged(self) -> int:
