@@ -26,7 +26,7 @@ _KEYS = {
     "global_step": "progress",
 }
 # Which file a run wrote to differs, and so do clocks.
-_OTHERWISE = ("ModelCheckpoint", "/seconds", "ComputeLedger/table")
+_OTHERWISE = ("ModelCheckpoint", "/seconds", "ComputeLedger/table", "ComputeLedger/first_row")
 # Lightning's own counts: a resumed run may begin an epoch, find no batch left in it, and begin another.
 _IGNORED = {"loops"}
 # What Lightning logs of a step after it has written the checkpoint of that step: who dies in between, or in the
