@@ -419,6 +419,9 @@ class ComputeLedger(Callback):
                 rows.pop()
         if own != self._table_path and (moved := move_aside(self._table_path)) is not None:
             rank_zero_warn(f"ComputeLedger: {self._table_path} is of another run; it was moved to {moved}.")
+        if not rows:
+            # What it is known by is still to be written.
+            self._first_row = None
         self._table = TableWriter(self._table_path, self.monitor, rows)
 
     def _is_last_words(self, row: dict[str, str], trainer: L.Trainer) -> bool:

@@ -252,6 +252,20 @@ def test_a_run_that_goes_on_finds_its_own_table(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == ["3", "5", "6", "7"]
 
 
+def test_a_table_that_begins_anew_is_found_later(tmp_path):
+    """Gone on with from before its first row, or without the rows of before."""
+    fit(tmp_path, max_epochs=-1, max_steps=2).save_checkpoint(tmp_path / "early.ckpt")
+    fit(tmp_path, max_epochs=-1, max_steps=4, ckpt_path=tmp_path / "early.ckpt").save_checkpoint(tmp_path / "late.ckpt")
+    (tmp_path / FILE_NAME).unlink()
+    with pytest.warns(UserWarning, match="neither in"):
+        again = fit(tmp_path, max_epochs=-1, max_steps=6, ckpt_path=tmp_path / "late.ckpt")
+    again.save_checkpoint(tmp_path / "later.ckpt")
+    first = rows(tmp_path)[0]
+    fit(tmp_path, max_epochs=-1, max_steps=9, ckpt_path=tmp_path / "later.ckpt")
+    assert rows(tmp_path)[0] == first
+    assert not (tmp_path / "version_0").exists()
+
+
 def test_says_if_a_table_is_not_found(tmp_path):
     fit(tmp_path, max_epochs=-1, max_steps=4).save_checkpoint(tmp_path / "stopped.ckpt")
     (tmp_path / FILE_NAME).unlink()
