@@ -247,6 +247,7 @@ class Anatomy:
         attend: Has a model's causal attention computed by another kernel; returns what undoes it. ``None`` where that
             is not known.
         num_tokens: Tokens of a sequence, where the model takes no other number.
+        num_reserved_positions: Learnt positions that no token ever has.
         num_prefix_tokens: Tokens before those of the input: for a class, distillation or registers.
         pools_tokens: Whether what follows the last block works on any part of the tokens, the prefix included.
         build: Builds a model of the same class at another size: ``build(model, size)``. Its parameters are
@@ -265,6 +266,7 @@ class Anatomy:
     input_shape: Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[int, int]] = field(compare=False, repr=False)
     depth_unit: int = 1
     num_tokens: int | None = None
+    num_reserved_positions: int = 0
     num_prefix_tokens: int = 0
     pools_tokens: bool = False
     attend: Callable[[nn.Module, AttentionKernel], Callable[[], None]] | None = field(
@@ -276,6 +278,12 @@ class Anatomy:
     def axes(self) -> tuple[Axis, ...]:
         """The named axes with their sizes."""
         return tuple(Axis(name, size) for name, size in self.size.axes.items())
+
+    @property
+    def max_tokens(self) -> int | None:
+        """For how many tokens there are learnt positions; ``None`` where positions are computed."""
+        positions = self.size.axes.get("positions")
+        return None if positions is None else positions - self.num_reserved_positions
 
     @property
     def num_parameters(self) -> int:

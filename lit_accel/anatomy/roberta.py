@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -49,4 +50,6 @@ _MODULE = "transformers.models.roberta.modeling_roberta"
 )
 def describe(model: nn.Module) -> Anatomy:
     """Describe a RoBERTa."""
-    return _FAMILY.describe(model)
+    config: Any = model.config
+    # Tokens are numbered from the one after that of padding.
+    return replace(_FAMILY.describe(model), num_reserved_positions=config.pad_token_id + 1)

@@ -130,7 +130,7 @@ def _forecast(
         )
     transformer = find_transformer(module)[1]
     full = anatomy_of(transformer).at(full_size(module))
-    longest = full.size.axes.get("positions")
+    longest = full.max_tokens
     if num_tokens is not None and longest and num_tokens > longest:
         raise MisconfigurationException(
             f"num_tokens is {num_tokens}, and this {full.family} model has positions for {longest} tokens. Give fewer, "

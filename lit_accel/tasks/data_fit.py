@@ -53,16 +53,9 @@ def check_text(task: str, model: nn.Module, data: Any, objective: str) -> None:
 def _longest(model: nn.Module) -> int | None:
     """Return for how many tokens there are learnt positions; ``None`` where they are computed, or nobody knows."""
     try:
-        anatomy = anatomy_of(model)
+        return anatomy_of(model).max_tokens
     except AnatomyError:
         return None
-    positions = anatomy.size.axes.get("positions")
-    for name, layout in anatomy.parameters.items():
-        if positions is not None and "positions" in layout.dims[0].names:
-            # RoBERTa numbers tokens from the one after that of padding.
-            padding = getattr(model.get_submodule(name.removesuffix(".weight")), "padding_idx", None)
-            return positions if padding is None else positions - padding - 1
-    return positions
 
 
 def check_text_batch(task: str, batch: Any) -> None:

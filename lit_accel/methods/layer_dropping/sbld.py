@@ -25,6 +25,7 @@ from lit_accel.methods.layer_dropping.protection import BlockList
 from lit_accel.methods.layer_dropping.refusals import droppable_blocks, why_calls_are_not_seen
 from lit_accel.methods.layer_dropping.sampling import Sampler
 from lit_accel.methods.layer_dropping.sensitivity import ESTIMATES, Estimator, Meter, ablate, ablation_flops
+from lit_accel.run_folder import run_folder
 
 FILE_NAME = "sensitivities.png"
 
@@ -411,8 +412,7 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the sensitivities."""
-        # log_dir is a collective: every rank asks for it.
-        folder = self.folder or trainer.log_dir or trainer.default_root_dir
+        folder = self.folder or run_folder(trainer)
         if trainer.is_global_zero and self.history.measured_at and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             assert self._full is not None
             # Of the full model, also where a run is stopped while it is small.

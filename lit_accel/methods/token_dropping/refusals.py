@@ -166,7 +166,7 @@ def check_start(anatomy: Anatomy, start: int | float, num_tokens: int | None) ->
     """
     if isinstance(start, float):
         return
-    longest = num_tokens or anatomy.size.axes.get("positions") or None
+    longest = num_tokens or anatomy.max_tokens or None
     if longest is not None and start >= longest:
         raise MisconfigurationException(
             f"start_tokens is {start}, and sequences have no more than {longest} tokens: nothing would be dropped. "
