@@ -46,6 +46,7 @@ from lit_accel.methods.multilevel.refusals import (
     check_optimizers,
     check_trainer,
 )
+from lit_accel.methods.multilevel.replaced import ReplacedModel
 from lit_accel.methods.multilevel.stored import StoredLevels
 from lit_accel.methods.preparation import prepare_run
 from lit_accel.methods.requirements import check_rules
@@ -62,8 +63,6 @@ from lit_accel.resizing import (
 from lit_accel.stored_state import require_readable
 
 _STATE_VERSION = 1
-# Optimizer steps in a row that leave a model of a new size without a gradient, until that is an error.
-_MOST_UNTRAINED = 3
 
 
 class MultiLevelTraining(PlannedLevels):
@@ -180,8 +179,7 @@ class MultiLevelTraining(PlannedLevels):
         self.maps: list[LevelMap] = []
         self._path = ""
         self._level = 0
-        # Optimizer steps without any gradient since the last change of size; None once there was one.
-        self._num_untrained: int | None = None
+        self._replaced = ReplacedModel()
         self._given_size: Size | None = None
         self._loaded_rules: dict[str, Any] = {}
         self._start_size: Size | None = None
@@ -405,7 +403,8 @@ class MultiLevelTraining(PlannedLevels):
             return {**kept, **{prefix + name: entry for name, entry in new.items()}}
 
         strategy.resize(rebuild, carry if self.optimizer_state != "reset" else None)
-        self._level, self._num_untrained = level, 0
+        self._level = level
+        self._replaced.begin()
         if not goes_down:
             # Only now: a growth that fails, for want of memory say, must be able to be resumed.
             self._stored.drop(level)
@@ -419,28 +418,9 @@ class MultiLevelTraining(PlannedLevels):
         )
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """See that what was put in the place of the former model is what is trained.
-
-        Raises:
-            MisconfigurationException: If some steps after a change of size none of its parameters has had a gradient.
-        """
-        if self._num_untrained is None:
-            return
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        parameters = [each for each in find_transformer(pl_module)[1].parameters() if id(each) in own]
-        if not parameters:
-            return
-        if any(parameter.grad is not None for parameter in parameters):
-            self._num_untrained = None
-            return
-        # One step may have been skipped.
-        self._num_untrained += 1
-        if self._num_untrained == _MOST_UNTRAINED:
-            raise MisconfigurationException(
-                f"Since {self._path} was replaced by a model of another size, none of its parameters has had a "
-                "gradient: the training step calls the former one, to which it must have kept a reference (a bound "
-                f"method, a partial, a pipeline). Call self.{self._path} itself."
-            )
+        """See that the model of the present size is what is trained."""
+        if self._replaced.is_unproven:
+            self._replaced.look(find_transformer(pl_module)[1], self._path, optimizer)
 
     @property
     def _num_merged(self) -> int:
