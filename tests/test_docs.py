@@ -35,7 +35,7 @@ def snippets():
                 yield pytest.param(code, id=f"{document}-{index}")
 
 
-@pytest.mark.parametrize("code", snippets())
+@pytest.mark.parametrize("code", list(snippets()))
 def test_snippets_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = code.replace("max_steps=10_000", 'max_steps=20, accelerator="cpu", enable_progress_bar=False')

@@ -254,15 +254,17 @@ def test_idx_files_are_read_byte_by_byte(tmp_path, compressed):
     assert read_idx(path).tolist() == [[[1, 2, 3]], [[253, 254, 255]]]
 
 
+# The names of the cases are written out: the bytes hold the second in which gzip packed them, and processes of one run
+# must collect the same names.
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("file", bytes([0, 0, 8, 1, 0, 0, 0, 4, 1, 2, 3]), r"\(4,\) and holds 3"),
-        ("file", bytes([0, 0, 8, 3, 0, 0]), "holds 0"),
-        ("file", bytes([0, 0, 13, 1, 0, 0, 0, 0]), "no IDX file"),
-        ("file", gzip.compress(bytes([0, 0, 8, 0])), r"must be called \.gz"),
-        ("file.gz", b"not compressed", "could not be read"),
-        ("file.gz", gzip.compress(bytes(1000))[:15], "could not be read"),
+        pytest.param("file", bytes([0, 0, 8, 1, 0, 0, 0, 4, 1, 2, 3]), r"\(4,\) and holds 3", id="too few values"),
+        pytest.param("file", bytes([0, 0, 8, 3, 0, 0]), "holds 0", id="half a header"),
+        pytest.param("file", bytes([0, 0, 13, 1, 0, 0, 0, 0]), "no IDX file", id="floats"),
+        pytest.param("file", gzip.compress(bytes([0, 0, 8, 0])), r"must be called \.gz", id="no suffix"),
+        pytest.param("file.gz", b"not compressed", "could not be read", id="not packed"),
+        pytest.param("file.gz", gzip.compress(bytes(1000))[:15], "could not be read", id="cut off"),
     ],
 )
 def test_broken_idx_files(tmp_path, name, data, message):
