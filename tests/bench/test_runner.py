@@ -11,7 +11,7 @@ from scripts.bench.__main__ import check_data
 from scripts.bench.data import data_hash, data_of
 from scripts.bench.jobs import jobs, row_key
 from scripts.bench.log import append, read_log
-from scripts.bench.study import DENSE, GPT, NULL_SEEDS, SEEDS, TUNING_SEED
+from scripts.bench.study import ARMS, DENSE, GPT, RUNGS, SEEDS, TUNING_SEED
 from scripts.bench.train import Job, run_job
 from scripts.soaking.processes import start_ranks
 from tests.bench import small_study
@@ -91,8 +91,14 @@ def test_nothing_is_reported_before_it_was_tuned():
     first = list(jobs([]))
     assert {job.stage for job in first} == {"tune"}
     assert {job.seed for job in first} == {TUNING_SEED}
-    assert TUNING_SEED not in (*SEEDS, *NULL_SEEDS)
-    assert not set(SEEDS) & set(NULL_SEEDS)
+
+
+@pytest.mark.parametrize("rung", RUNGS.values(), ids=list(RUNGS))
+def test_the_null_method_shares_no_seed_with_dense_training_or_with_the_trials(rung):
+    seeds = {arm.role: set(arm.seeds) for arm in ARMS[rung.name] if arm.role == "null"}
+    assert len(seeds["null"]) == 6
+    assert not seeds["null"] & {*rung.dense_seeds, *SEEDS, TUNING_SEED}
+    assert TUNING_SEED not in (*SEEDS, *rung.dense_seeds)
 
 
 def test_an_arm_that_changes_is_another_configuration():
