@@ -58,9 +58,6 @@ def test_the_fragment_has_every_argument_with_its_default():
     default, stated = MixedSparsityTraining(), MixedSparsityTraining(**given)
     assert vars(stated).keys() == vars(default).keys()
     assert {name for name in vars(default) if vars(default)[name] != vars(stated)[name]} == set()
-    # Null takes the default, or the preset's.
-    named = {"ffn_units", "attention_units", "head_units", "distribution"}
-    assert MixedSparsityTraining(**{**given, **dict.fromkeys(named)}).ffn_units == default.ffn_units
 
 
 def test_the_numbers_of_the_card():

@@ -135,6 +135,12 @@ class MixedSparsityTraining(PlannedUnits):
         if preset is not None and preset not in list(PRESETS):
             raise ValueError(f"preset is {preset!r}; it is one of {', '.join(map(repr, PRESETS))}, or None.")
         chosen = {**DEFAULTS, **(PRESETS[preset] if preset is not None else {})}
+        own = (ffn_units, attention_units, head_units, distribution, attention_pattern)
+        if preset is not None and None not in own:
+            rank_zero_warn(
+                f"preset={preset!r} is ignored: {', '.join(DEFAULTS)} are given, and what is given holds. Leave out "
+                "those that the preset is to choose."
+            )
         given = DEFAULT_STAGES if stages is None else stages
         check_stages(given)
         self.stages: list[tuple[int | float, float]] = [(start, sparsity) for start, sparsity in given]
