@@ -26,10 +26,9 @@ from rich.table import Table
 
 from lit_accel import Level, MultiLevelTraining, Phase
 from lit_accel.anatomy import Anatomy, anatomy_of
-from lit_accel.compute import read_ledger
-from lit_accel.compute.provenance import provenance
-from lit_accel.methods.multilevel.phases import phase_at, v_cycle
-from scripts.small_gpt import Setup
+from lit_accel.methods.multilevel.phases import phase_at, resolve_phases, v_cycle
+from scripts.provenance import provenance
+from scripts.small_gpt import Setup, end_of
 
 RESULTS = Path(__file__).parent / "results" / "presets.jsonl"
 SETUP = Setup(num_blocks=4, embed=128, heads=4, vocab_size=1024, block_size=128, batch_size=16, num_steps=600)
@@ -108,10 +107,14 @@ class SmallTokens(L.Callback):
     def __init__(self, method: MultiLevelTraining, factor: float) -> None:
         self.method, self.factor = method, factor
 
+    def micro_batches(self, level: int) -> int:
+        """Return how many there are in a step at a level; those of the full model are two."""
+        return round(2 * self.factor) if level else 2
+
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Choose for the coming optimizer step."""
         phase = self.method.schedule[phase_at(self.method.schedule, trainer.global_step)]
-        trainer.accumulate_grad_batches = round(2 * self.factor) if phase.level else 2
+        trainer.accumulate_grad_batches = self.micro_batches(phase.level)
 
 
 def run_once(name: str, seed: int, lr: float, setup_name: str) -> dict[str, Any]:
@@ -129,20 +132,15 @@ def run_once(name: str, seed: int, lr: float, setup_name: str) -> dict[str, Any]
         num_steps = full.steps_for_budget(method, BUDGET, SMALL_TOKENS.get(name, 1.0))
     extra: dict[str, Any] = {}
     if method is not None and name in SMALL_TOKENS:
-        extra = {"accumulate": 2, "callbacks": [SmallTokens(method, SMALL_TOKENS[name])]}
+        watch = SmallTokens(method, SMALL_TOKENS[name])
+        phases = resolve_phases(method.phases, 2, num_steps)
+        # Steps differ in micro-batches, and so evaluations at equal distances would miss the end.
+        all_of_it = sum((phase.end - phase.start) * watch.micro_batches(phase.level) for phase in phases)
+        extra = {"accumulate": 2, "evaluate_every": all_of_it, "callbacks": [watch]}
     with tempfile.TemporaryDirectory() as folder:
         setup.run(Path(folder), num_steps, method, seed=seed, lr=lr, quiet=True, **extra)
-        ledger = read_ledger(folder)
-    last = ledger.measured("val/loss")[-1]
-    return {
-        "setup": setup_name,
-        "variant": name,
-        "seed": seed,
-        "lr": lr,
-        "num_steps": num_steps,
-        "flops": ledger.flops[last],
-        "val_loss": ledger.metrics["val/loss"][last],
-    }
+        end = end_of(folder, num_steps)
+    return {"setup": setup_name, "variant": name, "seed": seed, "lr": lr, "num_steps": num_steps, **end}
 
 
 def anatomy_on_meta(setup: Setup) -> Anatomy:
@@ -189,6 +187,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
     rows = read_results()
     done = {(row["variant"], row["seed"], row["lr"]) for row in rows if row["setup"] == arguments.setup}
     grid = [(n, s, r) for r in arguments.lrs for s in arguments.seeds for n in arguments.variants]

@@ -23,9 +23,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from lit_accel.compute import read_ledger
-from lit_accel.compute.provenance import provenance
-from scripts.small_gpt import Scheduler, Setup, warmup_and_linear_decay
+from scripts.provenance import provenance
+from scripts.small_gpt import Scheduler, Setup, end_of, warmup_and_linear_decay
 
 
 @dataclass(frozen=True)
@@ -73,18 +72,8 @@ class Comparison:
             setup.run(
                 Path(folder), num_steps, seed=seed, lr=lr, quiet=True, callbacks=callbacks, scheduler=arm.scheduler
             )
-            ledger = read_ledger(folder)
-        last = ledger.measured("val/loss")[-1]
-        return {
-            "arm": name,
-            "seed": seed,
-            "lr": lr,
-            "num_steps": num_steps,
-            "flops": ledger.flops[last],
-            "seconds": ledger.seconds[last],
-            "val_loss": ledger.metrics["val/loss"][last],
-            "provenance": provenance(),
-        }
+            end = end_of(folder, num_steps)
+        return {"arm": name, "seed": seed, "lr": lr, "num_steps": num_steps, **end, "provenance": provenance()}
 
     def read(self) -> list[dict[str, Any]]:
         """Return the finished runs."""

@@ -31,7 +31,7 @@ from rich.table import Table
 from lit_accel import ProgressiveLayerDropping
 from lit_accel.anatomy import anatomy_of
 from lit_accel.compute import training_flops
-from lit_accel.compute.provenance import provenance
+from scripts.provenance import provenance
 from scripts.timed_gpt import NO_DROPOUT, TimedGPT, train
 
 RESULTS = Path(__file__).parent / "results" / "layer_dropping.json"

@@ -36,7 +36,6 @@ from torch.nn import functional as F
 from lit_accel import ComputeLedger, MixedSparsityTraining
 from lit_accel.anatomy import anatomy_of
 from lit_accel.compute import read_ledger, training_flops
-from lit_accel.compute.provenance import provenance
 from lit_accel.draws import generator
 from lit_accel.methods.mixed_sparsity import (
     AttentionPattern,
@@ -49,6 +48,7 @@ from lit_accel.methods.mixed_sparsity import (
 )
 from lit_accel.methods.mixed_sparsity.attention import PATTERNS
 from lit_accel.tasks.cross_entropy import cross_entropy_sum
+from scripts.provenance import provenance
 from scripts.timed_gpt import KEEP_MEMORY, NO_DROPOUT, TimedGPT, run_apart, train
 
 RESULTS = Path(__file__).parent / "results" / "mixed_sparsity.json"

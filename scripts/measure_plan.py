@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_accel.compute import ComputeLedger
-from lit_accel.compute.provenance import provenance
+from scripts.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 CONFIGS = Path(__file__).parents[1] / "configs" / "recipe"

@@ -34,9 +34,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lit_accel import Level, MultiLevelTraining, Phase
 from lit_accel.anatomy import anatomy_of
 from lit_accel.compute import training_flops
-from lit_accel.compute.provenance import provenance
 from lit_accel.methods.multilevel.phases import phase_at
 from lit_accel.tasks.base import IGNORED_LABEL, token_cross_entropy
+from scripts.provenance import provenance
 from scripts.timed_gpt import KEEP_MEMORY, run_apart
 
 RESULTS = Path(__file__).parent / "results" / "realised_share.json"

@@ -31,9 +31,9 @@ from rich.table import Table
 from lit_accel import RandomLTD
 from lit_accel.anatomy import anatomy_of
 from lit_accel.compute import training_flops
-from lit_accel.compute.provenance import provenance
 from lit_accel.draws import generator
 from lit_accel.methods.token_dropping import TokenSchedule, put, sample_tokens, take
+from scripts.provenance import provenance
 from scripts.timed_gpt import KEEP_MEMORY, NO_DROPOUT, TimedGPT, run_apart, train
 
 RESULTS = Path(__file__).parent / "results" / "token_dropping.json"

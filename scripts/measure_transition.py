@@ -9,9 +9,9 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as L
 import torch
@@ -23,7 +23,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lit_accel import MultiLevelTraining, Phase
 from lit_accel.anatomy import anatomy_of
-from lit_accel.compute.provenance import provenance
+from lit_accel.methods.multilevel.moments import OptimizerStatePolicy
+from scripts.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "transition.json"
 
@@ -145,27 +146,50 @@ def run_cycle(optimizer_state: str, batch_size: int, length: int, *, watches_mem
     return trainer, watch
 
 
-def measure(optimizer_state: str, batch_size: int = 8, length: int = 128) -> dict[str, Any]:
-    """Return what the transitions of a ten-million-parameter GPT cost, in seconds and bytes."""
-    trainer, watch = run_cycle(optimizer_state, batch_size, length, watches_memory=False)
-    # Between two steps no activation is alive: for memory the shortest steps will do.
-    _, memory = run_cycle(optimizer_state, 1, length, watches_memory=True)
+def measure(policies: Sequence[str], rounds: int, batch_size: int = 8, length: int = 128) -> list[dict[str, Any]]:
+    """Return what the transitions of a ten-million-parameter GPT cost, in seconds and bytes, a row a policy.
+
+    The policies take turns, and a first round warms the process up: whichever resizes first would pay for that.
+
+    Args:
+        policies: What becomes of the optimizer's state.
+        rounds: How often each is timed; the median counts.
+        batch_size: Sequences a step.
+        length: Tokens a sequence.
+    """
+    watches: dict[str, list[Watch]] = {policy: [] for policy in policies}
+    resizes: dict[str, list[Any]] = {policy: [] for policy in policies}
+    for number in range(rounds + 1):
+        for policy in policies:
+            trainer, watch = run_cycle(policy, batch_size, length, watches_memory=False)
+            if number:
+                watches[policy].append(watch)
+                resizes[policy].append(trainer.strategy.resizes)
     num_parameters = anatomy_of(trainer.lightning_module.model).num_parameters
-    step = statistics.median(watch.step_seconds)
-    down, up = trainer.strategy.resizes
-    return {
-        "optimizer_state": optimizer_state,
-        "num_parameters": num_parameters,
-        "tokens_per_step": batch_size * length,
-        "full_step_seconds": step,
-        "down_seconds": down.seconds,
-        "up_seconds": up.seconds,
-        "down_in_steps": down.seconds / step,
-        "up_in_steps": up.seconds / step,
-        "weights_and_moments_bytes": 3 * 4 * num_parameters,
-        "extra_bytes_down": memory.extra_bytes[0],
-        "extra_bytes_up": memory.extra_bytes[1],
-    }
+    # One step of all: that of the full model is the same whatever becomes of the state.
+    step = statistics.median(second for found in watches.values() for watch in found for second in watch.step_seconds)
+    rows = []
+    for policy in policies:
+        # Between two steps no activation is alive: for memory the shortest steps will do.
+        _, memory = run_cycle(policy, 1, length, watches_memory=True)
+        down, up = (statistics.median(found[i].seconds for found in resizes[policy]) for i in (0, 1))
+        rows.append(
+            {
+                "optimizer_state": policy,
+                "num_parameters": num_parameters,
+                "tokens_per_step": batch_size * length,
+                "rounds": rounds,
+                "full_step_seconds": step,
+                "down_seconds": [found[0].seconds for found in resizes[policy]],
+                "up_seconds": [found[1].seconds for found in resizes[policy]],
+                "down_in_steps": down / step,
+                "up_in_steps": up / step,
+                "weights_and_moments_bytes": 3 * 4 * num_parameters,
+                "extra_bytes_down": memory.extra_bytes[0],
+                "extra_bytes_up": memory.extra_bytes[1],
+            }
+        )
+    return rows
 
 
 def main() -> None:
@@ -173,9 +197,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step")
     parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each policy is timed")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    rows = [measure(state, arguments.batch_size, arguments.length) for state in ("reset", "project", "second_moment")]
+    rows = measure(get_args(OptimizerStatePolicy), arguments.rounds, arguments.batch_size, arguments.length)
     for row in rows:
         share = max(row["extra_bytes_down"], row["extra_bytes_up"]) / row["weights_and_moments_bytes"]
         print(

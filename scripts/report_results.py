@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from scripts.comparison import Comparison
 from scripts.soaking import tables as soak
 
 CHOICES_SETUP = "width 128"
+# How the first results name what made them.
+_PROGRAM = re.compile(r"python (\w+)\.py")
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results"
 
@@ -31,8 +34,20 @@ RESULTS = ROOT / "scripts" / "results"
 def machine(record: dict[str, Any]) -> str:
     """Return where and when a result was measured, in words."""
     versions, where = record["versions"], record["machine"]
-    device = where["gpu"] or f"{where['threads']} threads of an {where['processor']}"
+    threads = "one thread" if where["threads"] == 1 else f"{where['threads']} threads"
+    device = where["gpu"] or f"{threads} of an {where['processor']}"
     return f"{device}, torch {versions['torch']}, lightning {versions['lightning']}, {record['date']}"
+
+
+def source(*records: dict[str, Any]) -> str:
+    """Return by which commands, where and when results were measured, as their provenance has it."""
+    commands = dict.fromkeys(_PROGRAM.sub(r"python -m scripts.\1", record["command"]) for record in records)
+    # Runs of a comparison are made by one command after the other, whose arguments choose among them.
+    (program,) = {command.split()[2] for command in commands}
+    by = next(iter(commands)) if len(commands) == 1 else f"python -m {program}"
+    machines = Counter(map(machine, records))
+    places = [f"{place} ({number} runs)" if len(machines) > 1 else place for place, number in machines.items()]
+    return f"`{by}`; {'; '.join(places)}."
 
 
 def presets_table(setup: str) -> str:
@@ -67,7 +82,7 @@ def presets_table(setup: str) -> str:
             "",
             *lines,
             "",
-            f'`python -m scripts.compare_presets --setup "{setup}"`; {machine(rows[0]["provenance"])}.',
+            source(*(row["provenance"] for row in rows if row["variant"] in variants)),
         ]
     )
 
@@ -100,7 +115,7 @@ def choices_table() -> str:
             "| --- | --- | --- | --- |",
             *table,
             "",
-            f"`python -m scripts.compare_presets --lrs {CHOICES_LR:g}`; {machine(rows[-1]['provenance'])}.",
+            source(*(row["provenance"] for row in rows if row["variant"] in (DEFAULT, *CHOICES))),
         ]
     )
 
@@ -129,7 +144,7 @@ def vision_table() -> str:
             "",
             *lines,
             "",
-            f"`python -m scripts.compare_vision --choices`; {machine(rows[0]['provenance'])}.",
+            source(*(row["provenance"] for row in rows)),
         ]
     )
 
@@ -171,7 +186,7 @@ def share_table() -> str:
             "",
             f"Machines differ. All in one piece, memory kept, no quick options: {', '.join(shares)}.",
             "",
-            f"`python -m scripts.measure_realised_share`; {machine(record['provenance'])}.",
+            source(record["provenance"]),
         ]
     )
 
@@ -196,7 +211,7 @@ def dropping_seconds_table() -> str:
             "| --- | --- | --- | --- | --- | --- |",
             *lines,
             "",
-            f"`python -m scripts.measure_layer_dropping`; {machine(record['provenance'])}.",
+            source(record["provenance"]),
         ]
     )
 
@@ -221,7 +236,7 @@ def token_seconds_table() -> str:
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
             *lines,
             "",
-            f"`python -m scripts.measure_token_dropping`; {machine(record['provenance'])}.",
+            source(record["provenance"]),
         ]
     )
 
@@ -272,17 +287,16 @@ def sparsity_seconds_tables() -> str:
             f"| --- | --- |{' --- |' * len(patterns)}",
             *speeds,
             "",
-            f"`python -m scripts.measure_mixed_sparsity`; {machine(record['provenance'])}.",
+            source(record["provenance"]),
         ]
     )
 
 
-def quality_table(comparison: Comparison, module: str, dense: str) -> str:
+def quality_table(comparison: Comparison, dense: str) -> str:
     """Return held-out losses of the arms of a comparison.
 
     Args:
         comparison: The comparison.
-        module: The script that runs it.
         dense: The arm whose FLOPs are 100 %.
     """
     rows = comparison.read()
@@ -309,7 +323,7 @@ def quality_table(comparison: Comparison, module: str, dense: str) -> str:
             "",
             *lines,
             "",
-            f"`python -m {module}`; {machine(rows[0]['provenance'])}.",
+            source(*(row["provenance"] for row in rows)),
         ]
     )
 
@@ -335,7 +349,7 @@ def transition_table() -> str:
             "",
             *lines,
             "",
-            f"`python -m scripts.measure_transition`; {machine(record)}.",
+            source(record),
         ]
     )
 
@@ -363,7 +377,7 @@ def plan_table() -> str:
             "",
             *lines,
             "",
-            f"`python -m scripts.measure_plan`; {machine(record['provenance'])}.",
+            source(record["provenance"]),
         ]
     )
 
@@ -396,7 +410,7 @@ def main() -> None:
         ROOT / "lit_accel/methods/layer_dropping/README.md": {
             "results:dropping": "\n\n".join(
                 [
-                    quality_table(layer_dropping.COMPARISON, layer_dropping.__name__, layer_dropping.DENSE),
+                    quality_table(layer_dropping.COMPARISON, layer_dropping.DENSE),
                     dropping_seconds_table(),
                 ]
             )
@@ -404,7 +418,7 @@ def main() -> None:
         ROOT / "lit_accel/methods/token_dropping/README.md": {
             "results:tokens": "\n\n".join(
                 [
-                    quality_table(token_dropping.COMPARISON, token_dropping.__name__, token_dropping.DENSE),
+                    quality_table(token_dropping.COMPARISON, token_dropping.DENSE),
                     token_seconds_table(),
                 ]
             )
@@ -412,7 +426,7 @@ def main() -> None:
         ROOT / "lit_accel/methods/mixed_sparsity/README.md": {
             "results:sparsity": "\n\n".join(
                 [
-                    quality_table(mixed_sparsity.COMPARISON, mixed_sparsity.__name__, mixed_sparsity.DENSE),
+                    quality_table(mixed_sparsity.COMPARISON, mixed_sparsity.DENSE),
                     sparsity_seconds_tables(),
                 ]
             )

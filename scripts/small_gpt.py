@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lit_accel import ComputeLedger, MultiLevelTraining
 from lit_accel.anatomy import Anatomy, anatomy_of
-from lit_accel.compute import training_flops
+from lit_accel.compute import read_ledger, training_flops
 from lit_accel.data import TextDataModule
 from lit_accel.methods.multilevel.phases import resolve_phases
 from lit_accel.tasks import CausalLM, WarmupDecay
@@ -131,6 +131,7 @@ class Setup:
         lr: float | None = None,
         quiet: bool = False,
         accumulate: int = 1,
+        evaluate_every: int | None = None,
         callbacks: Sequence[L.Callback] = (),
         scheduler: Scheduler = warmup_and_linear_decay,
     ) -> tuple[CausalLM, L.Trainer]:
@@ -144,6 +145,7 @@ class Setup:
             lr: Peak learning rate instead of the set-up's own.
             quiet: Whether to leave out progress bars and summaries.
             accumulate: In how many micro-batches a step is computed.
+            evaluate_every: Micro-batches between evaluations; default is ``num_evaluations`` of them in the run.
             callbacks: More callbacks; they come before the method.
             scheduler: Makes the learning-rate schedule, unless the method brings its own.
         """
@@ -161,7 +163,7 @@ class Setup:
             precision="bf16-mixed",
             max_steps=num_steps,
             max_epochs=-1,
-            val_check_interval=num_steps // self.num_evaluations * accumulate,
+            val_check_interval=evaluate_every or num_steps // self.num_evaluations * accumulate,
             accumulate_grad_batches=accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
@@ -175,3 +177,24 @@ class Setup:
         )
         trainer.fit(module, replace(self, batch_size=self.batch_size // accumulate).data(seed))
         return module, trainer
+
+
+def end_of(folder: str | Path, num_steps: int) -> dict[str, float]:
+    """Return what a run cost and reached: ``flops``, ``seconds`` and ``val_loss`` at its last step.
+
+    Args:
+        folder: The run's folder.
+        num_steps: Its optimizer steps.
+
+    Raises:
+        RuntimeError: If its last evaluation is not at its end, where the learning rate is zero.
+    """
+    ledger = read_ledger(folder)
+    last = ledger.measured("val/loss")[-1]
+    if ledger.step[last] != num_steps:
+        raise RuntimeError(f"The last evaluation is at step {ledger.step[last]}, of {num_steps}: no end of a run.")
+    return {
+        "flops": float(ledger.flops[last]),
+        "seconds": float(ledger.seconds[last]),
+        "val_loss": float(ledger.metrics["val/loss"][last]),
+    }

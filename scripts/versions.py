@@ -30,6 +30,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from scripts import provenance
 from scripts.fast_tests import FAST_TESTS
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +183,7 @@ def printed(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def run(end: str, commit: str) -> dict[str, Any]:
+def run(end: str, commit: str | None) -> dict[str, Any]:
     """Install one end, test it, and return what is to be said of it."""
     environment = Environment(end)
     environment.install()
@@ -228,9 +229,9 @@ def main() -> None:
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     ends = parser.parse_args().ends
     # Now: what the first end writes is no change of what the second one tests.
-    commit = printed("git", "describe", "--always", "--dirty", "--exclude=*")
+    tested = provenance.commit()
     for end in ends:
-        record[end] = run(end, commit)
+        record[end] = run(end, tested)
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")
         print(f"{end}: {record[end]['tests']}")
     if failed := [end for end in ends if record[end]["tests"]["failed"]]:

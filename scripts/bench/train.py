@@ -25,12 +25,12 @@ import lit_accel.tasks
 from lit_accel import ComputeLedger, LayerTokenLR, RandomLTD
 from lit_accel.anatomy import anatomy_of
 from lit_accel.compute import read_ledger
-from lit_accel.compute.provenance import provenance
 from lit_accel.methods.token_dropping import TokenPlan, TokenSchedule
 from lit_accel.tasks import WarmupDecay
 from scripts.bench.clock import CpuClock, reference_step
 from scripts.bench.data import data_hash, data_of
 from scripts.bench.study import Arm, Rung
+from scripts.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 _WARMUP, _LEAST_WARMUP = 0.1, 50

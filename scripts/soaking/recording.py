@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lit_accel.compute.provenance import provenance
+from scripts.provenance import provenance
 from scripts.soaking.attempts import Attempt
 from scripts.soaking.comparing import PARTS
 
@@ -22,21 +21,8 @@ Record = dict[str, Any]
 
 
 def origin() -> Record:
-    """Return what was soaked: commit, whether the tree differs from it, and versions."""
-    commit = _git("rev-parse", "HEAD")
-    # From the root, wherever this is run.
-    changed = _git("status", "--porcelain", "--", ":/lit_accel", ":/strategies")
-    return {"commit": commit[:12], "dirty": bool(changed), "versions": provenance()["versions"]}
-
-
-def _git(*arguments: str) -> str:
-    try:
-        found = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return found.stdout.strip()
+    """Return what was soaked: the commit, ``-dirty`` where the sources differ from it, and versions."""
+    return {key: provenance()[key] for key in ("commit", "versions")}
 
 
 def records_of(attempt: Attempt, name: str, seed: int) -> list[Record]:

@@ -127,11 +127,10 @@ def test_global_randomness_is_untouched(tmp_path):
         assert torch.equal(plain, resized)
 
 
-@pytest.mark.parametrize("optimizer_state", ["reset", "project"])
-def test_a_transition_costs_little(optimizer_state):
+def test_a_transition_costs_little():
     """Ten million parameters: less than three optimizer steps, and less memory than weights and moments take."""
-    cost = measure(optimizer_state)
-    assert cost["num_parameters"] > 10_000_000
-    assert max(cost["down_in_steps"], cost["up_in_steps"]) < 3
-    assert max(cost["extra_bytes_down"], cost["extra_bytes_up"]) < cost["weights_and_moments_bytes"]
-    assert cost["extra_bytes_up"] > 0
+    for cost in measure(["reset", "project"], rounds=1):
+        assert cost["num_parameters"] > 10_000_000
+        assert max(cost["down_in_steps"], cost["up_in_steps"]) < 3
+        assert max(cost["extra_bytes_down"], cost["extra_bytes_up"]) < cost["weights_and_moments_bytes"]
+        assert cost["extra_bytes_up"] > 0
