@@ -111,6 +111,14 @@ class SmallTokens(L.Callback):
         """Return how many there are in a step at a level; those of the full model are two."""
         return round(2 * self.factor) if level else 2
 
+    def micro_batches_of_run(self, num_steps: int) -> int:
+        """Return how many there are in a run: Lightning ends a step where their number is a multiple of a step's."""
+        number = 0
+        for phase in resolve_phases(self.method.phases, 2, num_steps):
+            for _ in range(phase.start, phase.end):
+                number += self.micro_batches(phase.level) - number % self.micro_batches(phase.level)
+        return number
+
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Choose for the coming optimizer step."""
         phase = self.method.schedule[phase_at(self.method.schedule, trainer.global_step)]
@@ -133,10 +141,8 @@ def run_once(name: str, seed: int, lr: float, setup_name: str) -> dict[str, Any]
     extra: dict[str, Any] = {}
     if method is not None and name in SMALL_TOKENS:
         watch = SmallTokens(method, SMALL_TOKENS[name])
-        phases = resolve_phases(method.phases, 2, num_steps)
         # Steps differ in micro-batches, and so evaluations at equal distances would miss the end.
-        all_of_it = sum((phase.end - phase.start) * watch.micro_batches(phase.level) for phase in phases)
-        extra = {"accumulate": 2, "evaluate_every": all_of_it, "callbacks": [watch]}
+        extra = {"accumulate": 2, "evaluate_every": watch.micro_batches_of_run(num_steps), "callbacks": [watch]}
     with tempfile.TemporaryDirectory() as folder:
         setup.run(Path(folder), num_steps, method, seed=seed, lr=lr, quiet=True, **extra)
         end = end_of(folder, num_steps)
