@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any
 
@@ -26,7 +27,8 @@ class BatchSeed(L.Callback):
     Generators of Python, NumPy and torch are seeded, on all devices.
 
     Args:
-        seed: Seed of the run.
+        seed: Seed of the run. Default: that of Lightning's ``seed_everything``, so that runs with other seeds draw
+            other numbers; 0 if there was none.
 
     Raises:
         ValueError: If ``seed`` is no integer.
@@ -36,16 +38,18 @@ class BatchSeed(L.Callback):
         Trainer(callbacks=[RandomLTD(), BatchSeed()])
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed is {seed!r}; it is an integer.")
+    def __init__(self, seed: int | None = None) -> None:
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise ValueError(f"seed is {seed!r}; it is an integer, or None for that of seed_everything.")
         self.seed = seed
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Seed the generators."""
-        keys = (self.seed, _BATCH, trainer.current_epoch, batch_idx, trainer.global_rank)
+        # Where Lightning leaves it, for workers and other processes.
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
+        keys = (seed, _BATCH, trainer.current_epoch, batch_idx, trainer.global_rank)
         seed = generator(*keys).initial_seed() % 2**32  # what NumPy takes
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002

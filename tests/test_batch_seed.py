@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lit_accel import BatchSeed, RandomLTD
 from lit_accel.data import ImageDataModule, TextDataModule
@@ -68,7 +69,26 @@ def test_draws_differ_between_batches_and_seeds(tmp_path):
         assert len(set(values)) == 12
 
 
-@pytest.mark.parametrize("seed", [1.5, True, "3", None])
+def test_by_default_the_seed_is_that_of_seed_everything(tmp_path):
+    drawn = []
+
+    class Draw(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            drawn.append(torch.rand(()).item())
+
+    with isolate_rng(), pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PL_GLOBAL_SEED", raising=False)
+        for seed, given in ((None, None), (5, None), (6, None), (6, 5)):
+            if seed is not None:
+                L.seed_everything(seed, verbose=False)
+            trainer = make_trainer(tmp_path, callbacks=[BatchSeed(given), Draw()], strategy="auto", max_steps=2)
+            trainer.fit(TinyModule(), loader(num_samples=24))
+    unseeded, five, six, given = (drawn[i : i + 2] for i in range(0, 8, 2))
+    assert given == five
+    assert len({*unseeded, *five, *six}) == 6
+
+
+@pytest.mark.parametrize("seed", [1.5, True, "3"])
 def test_refuses_what_is_no_seed(seed):
     with pytest.raises(ValueError, match="it is an integer"):
         BatchSeed(seed)

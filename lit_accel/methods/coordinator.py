@@ -18,6 +18,7 @@ from lit_accel.methods.compatibility import check_clashes, check_pairs, in_order
 from lit_accel.methods.method import Method
 from lit_accel.methods.strategy_checks import check_strategy
 from lit_accel.resizing import begin_anew, full_size
+from lit_accel.run_length import length_of_run
 from lit_accel.schedules import num_steps_of
 
 # Longer runs are predicted from so many of their steps, evenly spread; for a first look fewer will do.
@@ -211,15 +212,6 @@ class Coordinator:
         num_steps = self.trainer.estimated_stepping_batches
         return None if num_steps in (float("inf"), -1) else int(num_steps)
 
-    def _require_num_steps(self) -> int:
-        num_steps = self._num_steps
-        if num_steps is None:
-            raise MisconfigurationException(
-                "Composition must know how long the run is. Give the Trainer max_steps, or max_epochs with a data "
-                "loader of known length."
-            )
-        return num_steps
-
     @property
     def dense_steps(self) -> tuple[int, float]:
         """The end of the steps at the start, and the start of those at the end, in which nothing is left out."""
@@ -228,7 +220,7 @@ class Coordinator:
             if rules.dense_warmup == 0 and rules.dense_tail == 0:
                 self._dense = 0, math.inf
             else:
-                num_steps = self._require_num_steps()
+                num_steps = length_of_run(self.trainer, "Composition")
                 warmup, tail = (num_steps_of(d, num_steps) for d in (rules.dense_warmup, rules.dense_tail))
                 self._dense = warmup, num_steps - tail
         return self._dense
@@ -357,7 +349,7 @@ class Coordinator:
                 and where draws depend on measurements, the expectation is predicted.
         """
         chosen = self.methods if methods is None else in_order(methods)
-        num_steps = self._require_num_steps()
+        num_steps = length_of_run(self.trainer, "Composition")
         anatomies = self.anatomies(full)
         stride = max(1, math.ceil(num_steps / most_steps))
         # Draws depend on all earlier steps.

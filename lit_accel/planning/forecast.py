@@ -22,6 +22,7 @@ from lit_accel.planning.first_call import FirstCall, first_call
 from lit_accel.planning.memory import MOMENTS, Activations, activations_of
 from lit_accel.planning.rehearsal import rehearse
 from lit_accel.resizing import full_size
+from lit_accel.run_length import length_of_run
 
 _BYTES = {"64-true": 8, "bf16-true": 2, "16-true": 2}
 
@@ -118,11 +119,7 @@ def plan(
 def _forecast(
     trainer: L.Trainer, module: L.LightningModule, num_sequences: int | None, num_tokens: int | None, world_size: int
 ) -> Forecast:
-    if trainer.estimated_stepping_batches in (float("inf"), -1):
-        raise MisconfigurationException(
-            "A plan must know how long the run is. Give the Trainer max_steps, or max_epochs with a data loader of "
-            "known length."
-        )
+    length_of_run(trainer, "A plan")
     if world_size != trainer.world_size and trainer.max_steps == -1:
         raise MisconfigurationException(
             f"The run is to have {world_size} processes, and how many optimizer steps its epochs have then depends on "

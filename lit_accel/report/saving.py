@@ -75,8 +75,8 @@ def saving_against(
     # By the cost and not by the loss: one lucky seed at the largest budget measures nothing beyond that budget.
     if not low - _ROUNDING <= dense_log_cost <= high + _ROUNDING:
         if dense_log_cost > high:
-            return Saving(cost, loss, None, f"{_OUTSIDE}: better than dense training at its largest budget", "better")
-        return Saving(cost, loss, None, f"{_OUTSIDE}: worse than dense training at its smallest budget", "worse")
+            return Saving(cost, loss, None, f"{_OUTSIDE}: better than the dense curve at its largest budget", "better")
+        return Saving(cost, loss, None, f"{_OUTSIDE}: worse than the dense curve at its smallest budget", "worse")
     dense_cost = float(np.exp(dense_log_cost))
     drawn = _draw_frontiers(frontier, tuple(arm), num_draws, seed)
     if drawn is None:

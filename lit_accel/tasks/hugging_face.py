@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from lit_accel.arguments import require_whole
 
@@ -95,6 +102,7 @@ def build_transformer(
                 transformer = auto_class.from_pretrained(model, config=config, **dtype)
             else:
                 transformer = auto_class.from_config(config, **dtype)
+    _check_direction(auto_class, model, transformer.config)
     # from_pretrained returns the model in evaluation mode, and Lightning leaves modes as it finds them.
     return transformer.train()
 
@@ -147,6 +155,18 @@ def _check_head(auto_class: Any, model: str, config: PreTrainedConfig) -> None:
             f"model={model!r} has no head for this task: transformers has no {auto_class.__name__} of a "
             f"{type(config).__name__}. Choose a model of the kind that the task trains, such as gpt2 for the next "
             "token and bert for masked ones."
+        )
+
+
+def _check_direction(auto_class: Any, model: str, config: PreTrainedConfig) -> None:
+    """Refuse an encoder for the next token: each of its positions sees the token that it is to predict."""
+    # Of a built model: decoders of encoder-decoder models say so only then, and some that are nothing else never do.
+    is_encoder = type(config) in AutoModelForMaskedLM._model_mapping and getattr(config, "is_decoder", None) is False
+    if auto_class is AutoModelForCausalLM and is_encoder:
+        raise ValueError(
+            f"model={model!r} is an encoder, in which every position sees those after it, and so the token that it is "
+            "to predict. Train it with MaskedLM, make a decoder of it with overrides: {is_decoder: true}, or choose a "
+            "decoder such as gpt2."
         )
 
 

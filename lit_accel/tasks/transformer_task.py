@@ -14,6 +14,7 @@ from torch import nn
 
 from lit_accel.arguments import require_number
 from lit_accel.resizing import ResizableMixin
+from lit_accel.run_length import length_of_run
 from lit_accel.schedules import num_steps_of
 from lit_accel.tasks.optimization import weight_decay_groups
 from lit_accel.warmup_decay import WarmupDecay
@@ -98,7 +99,7 @@ class TransformerTask(ResizableMixin, LightningModule):
                 "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor},
             }
         if isinstance(scheduler, WarmupDecay) and scheduler.needs_total:
-            num_steps = self._num_total_steps(type(scheduler).__name__)
+            num_steps = length_of_run(self.trainer, type(scheduler).__name__, ", or give it num_total_steps")
             if num_steps_of(scheduler.num_warmup_steps, num_steps) > num_steps:
                 rank_zero_warn(
                     f"The learning rate warms up for {scheduler.num_warmup_steps} optimizer steps, and the run has "
@@ -107,15 +108,6 @@ class TransformerTask(ResizableMixin, LightningModule):
                 )
             scheduler.bind(num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _num_total_steps(self, scheduler: str) -> int:
-        num_total_steps = self.trainer.estimated_stepping_batches
-        if num_total_steps == float("inf"):
-            raise ValueError(
-                f"{scheduler} has to know when the run ends: set trainer.max_steps or trainer.max_epochs, "
-                "or give it num_total_steps."
-            )
-        return int(num_total_steps)
 
 
 @contextmanager

@@ -169,10 +169,10 @@ ROWS = [
         ),
         'objective="masked" needs a tokenizer with a mask token, and',
     ),
-    value(
+    call(
         "an endless warm-up of what ends nowhere",
         lambda: fit(module=scheduled(), data=text(), max_steps=-1, max_epochs=-1),
-        "WarmupDecay has to know when the run ends: set trainer.max_steps or",
+        "WarmupDecay must know how long the run is. Give the Trainer max_steps, or",
     ),
     # Plans
     value(

@@ -455,3 +455,31 @@ def test_steps_of_several_optimizers_are_not_counted_in_epochs(tmp_path, method)
     assert not module.losses
     make_trainer(tmp_path, callbacks=[method()], max_steps=6, max_epochs=-1).fit(module, loader())
     assert len(module.losses) == 3
+
+
+def test_a_training_step_that_fails_without_a_block_is_told_of_the_measurement(tmp_path):
+    """As one does that looks at an entry of hidden_states which a left-out block does not write."""
+
+    class Counts(TinyModule):
+        def training_step(self, batch, batch_idx):
+            calls = []
+            hooks = [block.register_forward_hook(lambda *_: calls.append(1)) for block in self.net.transformer.h]
+            loss = super().training_step(batch, batch_idx)
+            for hook in hooks:
+                hook.remove()
+            assert calls[3]
+            return loss
+
+    trainer = make_trainer(tmp_path, callbacks=[sbld(warmup=1)], strategy="auto", max_steps=10, max_epochs=-1)
+    message = r"failed while sensitivities were measured, by IndexError.*with some blocks left out.*\"taylor\""
+    with pytest.raises(RuntimeError, match=message):
+        trainer.fit(Counts(), loader())
+
+
+def test_a_training_step_that_fetches_its_batches_is_refused(tmp_path):
+    class Fetches(TinyModule):
+        def training_step(self, dataloader_iter):
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    with pytest.raises(MisconfigurationException, match=r"takes batches from a dataloader_iter.*\"taylor\""):
+        fit(tmp_path, sbld(), module=Fetches())

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from lightning.pytorch import LightningDataModule, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lit_accel.anatomy import find_transformer
 from lit_accel.data import ImageDataModule
@@ -216,6 +218,42 @@ def test_save_pretrained_writes_what_timm_loads(model, tmp_path):
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     images, _ = make_batch()
     assert torch.equal(again(images), task.eval()(images))
+
+
+class OwnModule(LightningModule):
+    """Somebody's, who calls the model as they like."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch, batch_idx):
+        return sum(parameter.sum() for parameter in self.net.parameters())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_save_pretrained_finds_the_transformer_of_any_module(tmp_path):
+    net = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=4))
+    trainer_of(tmp_path, max_steps=1, callbacks=[SavePretrained(str(tmp_path / "out"))]).fit(OwnModule(net), Batches())
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (lambda: make_task().model, r"VisionTransformer has no save_pretrained.*timm\.models\.save_for_hf"),
+        (lambda: torch.nn.Linear(2, 2), "No transformer with a registered anatomy"),
+    ],
+    ids=["timm", "no transformer"],
+)
+def test_save_pretrained_refuses_before_training_what_it_could_not_write(net, message, tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=1, callbacks=[SavePretrained(str(tmp_path / "out"))])
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer.fit(OwnModule(net()), Batches())
+    assert trainer.global_step == 0
 
 
 def test_what_images_went_through_is_saved_with_the_model(tmp_path):

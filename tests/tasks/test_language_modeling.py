@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lit_accel.schedules import warmup_decay_factor
@@ -215,7 +216,8 @@ def test_the_schedule_is_bound_to_the_length_of_the_run(tmp_path):
 
 def test_an_endless_run_has_no_schedule_to_follow(tmp_path):
     task = make_task(lr_scheduler=WarmupDecay)
-    with pytest.raises(ValueError, match=r"trainer\.max_steps"):
+    message = r"WarmupDecay must know how long the run is\. .* max_steps.* or give it num_total_steps"
+    with pytest.raises(MisconfigurationException, match=message):
         make_trainer(tmp_path, max_epochs=-1).fit(task, Batches())
 
 
@@ -343,3 +345,33 @@ def test_save_pretrained_leaves_a_trial_run_alone(tmp_path):
     trainer = make_trainer(tmp_path, fast_dev_run=True, callbacks=[SavePretrained(str(tmp_path / "final"))])
     trainer.fit(make_task(), Batches())
     assert not (tmp_path / "final").exists()
+
+
+ENCODER = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize("model", ["bert", "roberta"])
+def test_an_encoder_that_sees_the_answer_is_refused(model):
+    with pytest.raises(ValueError, match="is an encoder, in which every position sees those after it"):
+        CausalLM(model, overrides=ENCODER, vocab_size=32)
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides"),
+    [
+        ("bert", {**ENCODER, "is_decoder": True}),
+        # Says that it is no decoder, and is nothing else.
+        ("gpt_neox", ENCODER),
+        # Its own class of decoders is asked for.
+        ("bart", {"decoder_layers": 1, "d_model": 16, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}),
+    ],
+)
+def test_decoders_of_all_kinds_see_no_answer(model, overrides):
+    task = CausalLM(model, overrides=overrides, vocab_size=32).eval()
+    ids = torch.randint(3, 32, (2, 8))
+    with torch.no_grad():
+        before = task(ids)
+        ids[:, 5] = (ids[:, 5] - 2) % 29 + 3
+        after = task(ids)
+    torch.testing.assert_close(after[:, :5], before[:, :5])
+    assert not torch.allclose(after[:, 5:], before[:, 5:])

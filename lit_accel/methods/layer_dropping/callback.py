@@ -40,6 +40,7 @@ from lit_accel.methods.requirements import (
 )
 from lit_accel.resizing import begin_anew, ensure_built, full_size
 from lit_accel.routing import routing_of
+from lit_accel.run_length import length_of_run
 from lit_accel.stored_state import require_readable
 
 _STATE_VERSION = 1
@@ -211,13 +212,7 @@ class LayerDropping(Method):
     def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the length of the run, and refuse what does not fit it."""
         if self.needs_length:
-            num_steps = trainer.estimated_stepping_batches
-            if num_steps in (float("inf"), -1):
-                raise MisconfigurationException(
-                    f"{type(self).__name__} must know how long the run is. Give the Trainer max_steps, or max_epochs "
-                    "with a data loader of known length."
-                )
-            self.num_steps = int(num_steps)
+            self.num_steps = length_of_run(trainer, type(self).__name__)
         self.plan(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -46,6 +46,7 @@ def training_loss(pl_module: L.LightningModule, batch: Any, batch_idx: int) -> T
 
     Raises:
         MisconfigurationException: If it returns no loss.
+        RuntimeError: If it fails.
     """
     batch = copy_of_batch(batch)
     arguments = (
@@ -53,7 +54,15 @@ def training_loss(pl_module: L.LightningModule, batch: Any, batch_idx: int) -> T
     )
     # Each time from the same state: a step that draws, of masks say, is to be measured on equal terms.
     with isolate_rng():
-        output: Any = pl_module.training_step(*arguments)
+        try:
+            output: Any = pl_module.training_step(*arguments)
+        except Exception as error:
+            raise RuntimeError(
+                f"The training step failed while sensitivities were measured, by {type(error).__name__}: {error}. It "
+                "was called by SensitivityLayerDropping, with some blocks left out of the model: what those leave "
+                "behind, such as their entries of hidden_states, is missing then. Use an estimator that needs no call "
+                'of its own: "taylor", "ratio" or "cos".'
+            ) from error
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(

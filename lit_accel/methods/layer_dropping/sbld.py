@@ -12,6 +12,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lit_accel.anatomy import Anatomy
 from lit_accel.arguments import is_number, require_duration, require_one_of, require_whole
@@ -153,6 +154,11 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
             raise MisconfigurationException(
                 f'{name}: estimator="ablate" calls the training step to measure it, and with manual optimization '
                 'that would train. Use "taylor", "ratio" or "cos".'
+            )
+        if stage == "fit" and self.drops and self.estimator == "ablate" and _fetches_itself(pl_module):
+            raise MisconfigurationException(
+                f'{name}: estimator="ablate" calls the training step with a batch to measure it, and this one takes '
+                'batches from a dataloader_iter by itself. Use "taylor", "ratio" or "cos".'
             )
         super().setup(trainer, pl_module, stage)
 
@@ -346,9 +352,11 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
         if robust(self.sensitivities) is None:
             if not self._has_warned_of_zeros:
                 self._has_warned_of_zeros = True
+                found = "made a difference" if not any(self.sensitivities) else "could be told to lower the loss"
                 rank_zero_warn(
-                    f"{type(self).__name__}: no block made a difference at step {step}, as in a model whose residual "
-                    "branches still end in zeros. Blocks are dropped uniformly until one does. A longer warmup helps."
+                    f"{type(self).__name__}: no block {found} at step {step}, as in a model that is young or whose "
+                    "residual branches still end in zeros. Blocks are dropped uniformly until one is. A longer warmup "
+                    "helps."
                 )
         else:
             self._blocks.update(self.sensitivities)
@@ -466,3 +474,7 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
             **super()._rules(),
             **{name: getattr(self, name) for name in (*own, "num_batches", "max_overhead", "ema")},
         }
+
+
+def _fetches_itself(pl_module: L.LightningModule) -> bool:
+    return is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)

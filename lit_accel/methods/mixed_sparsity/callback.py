@@ -7,7 +7,6 @@ from typing import Any, Literal
 import lightning.pytorch as L
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -44,6 +43,7 @@ from lit_accel.methods.requirements import (
     require_training_mode,
 )
 from lit_accel.resizing import ensure_built, full_size
+from lit_accel.run_length import length_of_run
 from lit_accel.stored_state import require_readable
 
 _STATE_VERSION = 1
@@ -225,14 +225,9 @@ class MixedSparsityTraining(PlannedUnits):
 
     def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the length of the run, and refuse what does not fit it."""
-        num_steps = trainer.estimated_stepping_batches
-        if num_steps in (float("inf"), -1):
-            raise MisconfigurationException(
-                f"{type(self).__name__} must know how long the run is. Give the Trainer max_steps, or max_epochs with "
-                "a data loader of known length."
-            )
+        num_steps = length_of_run(trainer, type(self).__name__)
         transformer = find_transformer(pl_module)[1]
-        self.targets = targets = self._targets_of(anatomy_of(transformer), int(num_steps))
+        self.targets = targets = self._targets_of(anatomy_of(transformer), num_steps)
         check_graphs(transformer, targets, self._evaluates(trainer, pl_module))
         check_phase(targets, self.attention_phase)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -244,7 +239,7 @@ class MixedSparsityTraining(PlannedUnits):
                 f"{type(self).__name__} switches nothing off, whatever stages say: all of its units are "
                 '"dense". Choose ffn_units or attention_units.'
             )
-        last = targets.schedule.sparsity(max(int(num_steps) - 1, 0))
+        last = targets.schedule.sparsity(max(num_steps - 1, 0))
         if last > 0:
             rank_zero_warn(
                 f"The last steps of the run have the sparsity {last}: it will end with units switched off, in a model "
@@ -329,6 +324,8 @@ class MixedSparsityTraining(PlannedUnits):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave a whole model behind; Lightning does not call ``teardown`` then."""
+        if isinstance(exception, KeyboardInterrupt):
+            self._warn_of_sparse(trainer)
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -405,11 +402,16 @@ class MixedSparsityTraining(PlannedUnits):
         if self._sparsity is None or self.targets is None:
             return
         self._sparsity.model.expand()
+        self._warn_of_sparse(trainer)
+
+    def _warn_of_sparse(self, trainer: L.Trainer) -> None:
+        if self._sparsity is None or self.targets is None:
+            return
         if not self._sparsity.model.is_dense and trainer.global_step < self.targets.schedule.num_steps:
             rank_zero_warn(
                 f"Training has stopped at step {trainer.global_step} of {self.targets.schedule.num_steps}, while units "
-                "are off: those of the model that it leaves behind do nothing. Resume it to the end, or shorten the "
-                "run with max_steps, by which stages are placed."
+                "are off: those of the model that it leaves behind do nothing. Take away what stopped it and resume it "
+                "to the end, or shorten the run with max_steps, by which stages are placed."
             )
 
     # Checkpoints

@@ -60,6 +60,7 @@ from lit_accel.resizing import (
     replace_transformer,
     set_full_size,
 )
+from lit_accel.run_length import length_of_run
 from lit_accel.stored_state import require_readable
 
 _STATE_VERSION = 1
@@ -236,19 +237,14 @@ class MultiLevelTraining(PlannedLevels):
 
     def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the length of the run, and refuse what does not fit it."""
-        num_steps = trainer.estimated_stepping_batches
-        if num_steps in (float("inf"), -1):
-            raise MisconfigurationException(
-                "MultiLevelTraining must know how long the run is. Give the Trainer max_steps, or max_epochs "
-                "with a data loader of known length."
-            )
+        num_steps = length_of_run(trainer, "MultiLevelTraining")
         num_levels = len(self.levels) + 1
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.schedule = rehearse_phases(self.phases, num_levels, int(num_steps))
+            self.schedule = rehearse_phases(self.phases, num_levels, num_steps)
             return
         if not self.is_neutral:
             check_length(trainer, pl_module)
-        self.schedule = resolve_phases(self.phases, num_levels, int(num_steps))
+        self.schedule = resolve_phases(self.phases, num_levels, num_steps)
         check_end(trainer, self.schedule[-1].level, self._level_given)
 
     def _level_given(self) -> int:
@@ -312,6 +308,8 @@ class MultiLevelTraining(PlannedLevels):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave nothing behind either; Lightning does not call ``teardown`` then."""
+        if isinstance(exception, KeyboardInterrupt):
+            self._warn_of_small(trainer)
         self.teardown(trainer, pl_module, "fit")
 
     def _present_level(self, pl_module: L.LightningModule) -> int:
@@ -343,10 +341,15 @@ class MultiLevelTraining(PlannedLevels):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say so if the run was stopped while the model was small."""
+        self._warn_of_small(trainer)
+
+    def _warn_of_small(self, trainer: L.Trainer) -> None:
         if self._level != 0:
             rank_zero_warn(
-                f"Training ended at level {self._level}, with a smaller model than it began. Resume from its last "
-                "checkpoint to grow it back."
+                f"Training ended at step {trainer.global_step} of {self.schedule[-1].end} at level {self._level}, with "
+                "a smaller model than it began. To grow it back, take away what stopped it (EarlyStopping, max_time, "
+                "fewer epochs) and resume from its last checkpoint; without one, train anew with a max_steps that it "
+                "reaches."
             )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -8,6 +8,7 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     EarlyStopping,
+    ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -105,6 +106,13 @@ def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, *, changes_l
                     f"{type(callback).__name__} {reason}, and MultiLevelTraining changes the size of the model. "
                     "Remove one of the two; to average or prune, do so in a second run on the final checkpoint."
                 )
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+            rank_zero_warn(
+                f"ModelCheckpoint monitors {callback.monitor} beside MultiLevelTraining: it compares models of "
+                "different sizes, and the best may be a small one. With a monitor, save_last too writes the last best "
+                "one only. To go on from where a run was stopped, leave the monitor out, or add another "
+                "ModelCheckpoint(save_last=True) without one."
+            )
         if isinstance(callback, EarlyStopping):
             rank_zero_warn(
                 "EarlyStopping beside MultiLevelTraining: the monitored value jumps when the size changes, and a "

@@ -50,6 +50,7 @@ from lit_accel.methods.token_dropping.refusals import (
 from lit_accel.methods.token_dropping.schedule import Compat, TokenSchedule
 from lit_accel.resizing import begin_anew, ensure_built, full_size
 from lit_accel.routing import routing_of
+from lit_accel.run_length import length_of_run
 from lit_accel.schedules import num_steps_of
 from lit_accel.stored_state import require_readable
 
@@ -203,14 +204,11 @@ class RandomLTD(PlannedTokens):
 
     def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the length of the run, and refuse what does not fit it."""
-        num_steps = trainer.estimated_stepping_batches
-        if num_steps not in (float("inf"), -1):
-            self.num_steps = int(num_steps)
-        elif isinstance(self.growth, float):
-            raise MisconfigurationException(
-                f"{type(self).__name__} must know how long the run is. Give the Trainer max_steps, or max_epochs with "
-                "a data loader of known length, or give growth as a number of optimizer steps."
-            )
+        if isinstance(self.growth, float):
+            otherwise = ", or give growth as a number of optimizer steps"
+            self.num_steps = length_of_run(trainer, type(self).__name__, otherwise)
+        elif trainer.estimated_stepping_batches not in (float("inf"), -1):
+            self.num_steps = int(trainer.estimated_stepping_batches)
         self.schedule = self._schedule_of(num_steps_of(self.growth, self.num_steps or 0) if self.drops else 0)
         if not self.drops:
             return
@@ -269,13 +267,9 @@ class RandomLTD(PlannedTokens):
             scheduler.follow(self._progress)
 
     def _make_progress(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[float]:
-        if self.num_steps is None:
-            raise MisconfigurationException(
-                "LayerTokenLR must know how long the run is. Give the Trainer max_steps, or max_epochs with a data "
-                "loader of known length."
-            )
+        num_steps = length_of_run(trainer, "LayerTokenLR")
         if not self.drops:
-            return [float(step) for step in range(self.num_steps + 1)]
+            return [float(step) for step in range(num_steps + 1)]
         num_tokens = self._known_tokens(trainer)
         if num_tokens is None:
             raise MisconfigurationException(
