@@ -26,7 +26,7 @@ from lit_accel.compute.table import Ledger
 from lit_accel.tasks import CausalLM
 from scripts.small_gpt import Setup
 
-# The learning rate is the best of four for the dense run (0.8, 1.5, 2.2 and 3e-3): a worse one flatters the method.
+# The learning rate is for the dense run: a worse one would flatter the method.
 SETUP = Setup(
     num_blocks=6, embed=192, heads=6, vocab_size=2048, block_size=128, batch_size=16, num_steps=400, lr=2.2e-3
 )

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from lit_accel.anatomy.base import Anatomy, AnatomyError, Size
 
 COMPILE_OPTIONS = "_lit_accel_compile_options"
+_OWN_HOOKS = ("transformers", "lit_accel")
 _CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
@@ -161,6 +162,43 @@ def loses_compilation(model: nn.Module, anatomy: Anatomy) -> bool:
     blocks = [model.get_submodule(block.path) for block in anatomy.blocks]
     compiled = [module for module in model.modules() if is_compiled(module)]
     return any(module not in blocks or not hasattr(module, COMPILE_OPTIONS) for module in compiled)
+
+
+def lost_in_resize(model: nn.Module, anatomy: Anatomy) -> list[str]:
+    """Say what of a model a resize would lose, because it is no part of the configuration that it is built from.
+
+    Args:
+        model: The present model.
+        anatomy: Its anatomy.
+
+    Returns:
+        A phrase for each forward hook, module of another class and number, string or flag that is set otherwise.
+    """
+    with torch.device("meta"):
+        built = build_without_init(lambda: anatomy.build(model, anatomy.size))
+    new_modules = dict(built.named_modules())
+    lost = []
+    for path, module in model.named_modules():
+        where = path or "the model"
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # Those of Hugging Face come with activation checkpointing, which is carried over; ours go to the new model.
+        if any(getattr(hook, "__module__", "").partition(".")[0] not in _OWN_HOOKS for hook in hooks):
+            lost.append(f"forward hooks of {where}")
+        new = new_modules.get(path)
+        if new is None or type(new) is not type(module):
+            # The probability of a dropout that was replaced is carried over.
+            if not isinstance(new, nn.Dropout):
+                lost.append(f"{where} as {type(module).__name__}")
+            continue
+        for name, value in vars(module).items():
+            if not _is_carried(name) and isinstance(value, (bool, int, float, str)) and vars(new).get(name) != value:
+                lost.append(f"{name}={value!r} of {where}")
+    return lost
+
+
+def _is_carried(name: str) -> bool:
+    """Whether an attribute is Python's or torch's own business, or one that ``build_resized`` takes over."""
+    return name.startswith("_") or name in ("training", "p", *_CHECKPOINTING) or "dropout" in name
 
 
 def require_blocks_alike(model: nn.Module, anatomy: Anatomy) -> None:

@@ -10,10 +10,12 @@ from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     EarlyStopping,
     EMAWeightAveraging,
+    ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers import GPT2LMHeadModel
 
 from lit_accel import Level, MultiLevelTraining, Phase
 from lit_accel.anatomy import AnatomyError
@@ -295,3 +297,54 @@ def test_an_optimizer_that_was_bound_once(tmp_path):
     )
     with pytest.raises(MisconfigurationException, match="auto_configure_optimizers=False"):
         trainer.fit(Bound(), loader())
+
+
+class ScaledGPT2(GPT2LMHeadModel):
+    """With an argument that its configuration does not know."""
+
+    def __init__(self, config, logit_scale=1.0):
+        super().__init__(config)
+        self.logit_scale = logit_scale
+
+
+def scaled(**given):
+    module = TinyModule()
+    module.net = ScaledGPT2(module.net.config, **given)
+    return module
+
+
+def hooked():
+    module = TinyModule()
+    module.net.transformer.h[0].register_forward_hook(lambda *_: None)
+    return module
+
+
+def warnings_of(module, tmp_path, recwarn):
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining()], **ENDLESS)
+    trainer.strategy.connect(module)
+    trainer.callbacks[0].setup(trainer, module, "fit")
+    return [str(each.message) for each in recwarn if "built anew" in str(each.message)]
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [(lambda: scaled(logit_scale=0.5), "logit_scale=0.5 of the model"), (hooked, "forward hooks of transformer.h.0")],
+    ids=["argument", "hook"],
+)
+def test_what_a_model_built_anew_would_lose_is_named(make, what, tmp_path, recwarn):
+    (message,) = warnings_of(make(), tmp_path, recwarn)
+    assert what in message
+
+
+@pytest.mark.parametrize("make", [TinyModule, scaled], ids=["plain", "argument as by default"])
+def test_a_model_that_loses_nothing_is_not_warned_of(make, tmp_path, recwarn):
+    assert warnings_of(make(), tmp_path, recwarn) == []
+
+
+def test_the_best_of_several_sizes_is_warned_of(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val/loss", save_last=True)
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(), checkpoint], enable_checkpointing=True, **ENDLESS)
+    with pytest.warns(
+        UserWarning, match=r"ModelCheckpoint monitors val/loss .* save_last too writes the last best one"
+    ):
+        trainer.callbacks[0].setup(trainer_connected(trainer), trainer.lightning_module, "fit")

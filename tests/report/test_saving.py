@@ -88,7 +88,9 @@ def test_nothing_is_extrapolated(budget, side):
     assert found.share is None
     assert found.low is found.high is found.median is None
     assert found.outside == side
-    assert found.reason is not None and found.reason.startswith(f"outside the measured range: {side} than dense")
+    assert found.reason is not None and found.reason.startswith(
+        f"outside the measured range: {side} than the dense curve"
+    )
 
 
 def test_a_lucky_seed_at_the_largest_budget_measures_nothing_beyond_it():

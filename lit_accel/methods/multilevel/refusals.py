@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lit_accel.anatomy import Anatomy, loses_compilation, rehearse_build, require_blocks_alike
+from lit_accel.anatomy import Anatomy, loses_compilation, lost_in_resize, rehearse_build, require_blocks_alike
 from lit_accel.methods.multilevel.maps import LevelMap
 from lit_accel.methods.multilevel.moments import SUPPORTED_OPTIMIZERS, OptimizerStatePolicy
 from lit_accel.methods.multilevel.phases import LearningRatePolicy
@@ -70,6 +70,13 @@ def check_model(
                 f"hidden states ({width.pop()}), which become narrower. It is not resized: use the model's own "
                 "class with a head, or width 1 in every level."
             )
+    if lost := lost_in_resize(transformer, anatomy):
+        more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
+        rank_zero_warn(
+            f"At its first change of size {type(transformer).__name__} is built anew from its configuration, and this "
+            f"is lost for the rest of the run: {', '.join(lost[:4])}{more}. Make it part of the configuration, or do "
+            "without."
+        )
     if loses_compilation(transformer, anatomy):
         rank_zero_warn(
             "A resize keeps only what lit_accel.anatomy.compile_blocks(model, ...) has compiled: another "
