@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning.pytorch as L
 import pytest
 import torch
 
 from lit_accel import ComputeLedger, SensitivityLayerDropping
-from lit_accel.methods.layer_dropping import Meter, ablate
+from lit_accel.methods.layer_dropping import Meter, ablate, sbld
 from lit_accel.methods.layer_dropping.probing import measuring, training_loss
 from lit_accel.methods.layer_dropping.sensitivity import ESTIMATES, evaluating
 from lit_accel.routing import Order, hidden_states_of, routing_of, with_hidden_states
@@ -262,6 +264,20 @@ def test_swin_at_its_start_measures_nothing_and_drops_uniformly(tmp_path):
     costs = callback.costs()
     kept = sum(c * p for c, p in zip(costs, callback.keep_probabilities, strict=True)) / sum(costs)
     assert kept == pytest.approx(0.8, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "finite", [[1.0, 2.0, 0.5], [-0.5, -0.2, -0.1], [0.0, 0.0, 0.0]], ids=["up", "down", "nothing"]
+)
+def test_blocks_without_which_the_loss_is_not_finite_are_worth_the_most(tmp_path, monkeypatch, finite):
+    changes = [finite[0], math.inf, finite[1], math.nan, finite[2], finite[0]]
+    monkeypatch.setattr(sbld, "ablate", lambda routing, loss, units: (loss(), changes))
+    callback = SensitivityLayerDropping(kept=0.8, warmup=0, ramp=0, release=0, measure_every=100, num_batches=1)
+    trainer = make_trainer(tmp_path, callbacks=[callback], strategy="auto", max_steps=2, max_epochs=-1)
+    trainer.fit(TinyModule(net=make_model("gpt2-tied", **SIZE, vocab=64)), loader())
+    others = [callback.sensitivities[index] for index in (0, 2, 4)]
+    assert others == finite
+    assert callback.sensitivities[1] == callback.sensitivities[3] > max(map(abs, others))
 
 
 # A planted model: one block does everything, the others add nothing and cannot learn to.

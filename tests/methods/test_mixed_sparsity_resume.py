@@ -129,7 +129,7 @@ def test_from_what_model_checkpoint_saves(tmp_path, units):
     assert last["global_step"] == STEPS
 
 
-@pytest.mark.parametrize("steps", [4, 8, 13])
+@pytest.mark.parametrize("steps", [3, 4, 8, 13])
 def test_with_validation_and_accumulation(tmp_path, steps):
     trainer = {"accumulate_grad_batches": 3, "val_check_interval": 6, "check_val_every_n_epoch": None}
     data = {"data": rows(num_batches=3 * STEPS)}
@@ -145,6 +145,9 @@ def test_with_validation_and_accumulation(tmp_path, steps):
         assert within.module.seen[:rest] == whole.module.seen[3 * steps + micro_batch :][:rest]
         counts = whole.method.targets.counts
         assert within.watch.num_on(STEPS - 1) == {name: [number] for name, number in counts(STEPS - 1).items()}
+        if steps == 3:
+            # Its units were dropped before its first micro-batch, and must not be dropped once more.
+            assert_equal(within.watch.masks[steps], whole.watch.masks[steps])
 
 
 def test_over_epochs(tmp_path):

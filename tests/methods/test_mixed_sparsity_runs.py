@@ -12,11 +12,15 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lit_accel import MixedSparsityMixin
 from lit_accel.anatomy import anatomy_of
+from lit_accel.draws import generator
+from lit_accel.methods.mixed_sparsity import dynamics
 from tests.methods.mixed_sparsity import (
     ELEMENTS,
     EVENTS,
     MST,
+    N_OF_M,
     STEPS,
+    TILES,
     UNITS,
     AnyFamily,
     Watch,
@@ -86,6 +90,28 @@ def test_the_default_stages(tmp_path):
     # Of 32, in multiples of 4.
     expected = [32] + [24] + [12] * 2 + [8] * 2 + [4] * 74 + [8] * 5 + [12] * 5 + [24] * 5 + [32] * 5
     assert neurons == expected
+
+
+def test_no_two_draws_of_a_run_are_the_same(tmp_path, monkeypatch):
+    """Else every update would look at the same units, and every layer grow the same pattern."""
+    keys = []
+    monkeypatch.setattr(dynamics, "generator", lambda *key: keys.append(key) or generator(*key))
+    callback = method(gradient_share=0.0, **ELEMENTS)
+    fit(tmp_path, [callback])
+    assert len(keys) == len(set(keys)) > 2 * len(callback.targets.spaces)
+
+
+@pytest.mark.parametrize("units", [TILES, N_OF_M], ids=["tiles", "2:4"])
+def test_replaced_units_are_counted_in_all_groups(tmp_path, units):
+    callback = method(**units)
+    watch = Watch(callback)
+    fit(tmp_path, [callback, watch])
+    replaced = 0
+    for step in range(1, STEPS):
+        for name, new in watch.masks[step].items():
+            old = watch.masks[step - 1][name]
+            replaced += int(torch.minimum((old & ~new).sum(1), (new & ~old).sum(1)).sum())
+    assert callback.state_dict()["units"]["num_replaced"] == replaced > 0
 
 
 def test_seeds(tmp_path):

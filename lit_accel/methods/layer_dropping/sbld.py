@@ -340,7 +340,7 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
         mean = torch.tensor(self._collected, dtype=torch.float64).mean(0)
         self._collected = []
         # Without which the loss overflows or is undefined can least of all be dropped.
-        worst = 2 * max((value for value in mean.tolist() if math.isfinite(value)), default=1.0)
+        worst = 2 * max((abs(value) for value in mean.tolist() if math.isfinite(value)), default=0.0) or 1.0
         fresh = [value if math.isfinite(value) else worst for value in mean.tolist()]
         self.sensitivities = (
             fresh
