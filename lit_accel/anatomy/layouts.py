@@ -53,9 +53,7 @@ def read_layouts(
         if entry is None:
             raise AnatomyError(
                 f"The parameter {name!r} {tuple(parameter.shape)} of {type(model).__name__} has no layout in the "
-                f"family {family!r}. If the model was modified (adapters, extra heads), apply lit-accel before "
-                "that; otherwise add its layout and register the class with "
-                "lit_accel.anatomy.register_anatomy."
+                f"family {family!r}. {_what_to_do(name)}"
             )
         layout = ParameterLayout(
             dims=parse_layout(entry.layout),
@@ -102,3 +100,18 @@ def tied_groups(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return tuple(tuple(group) for group in names.values() if len(group) > 1)
+
+
+def _what_to_do(name: str) -> str:
+    """Say what to do about a parameter that no model of the family has."""
+    if "_orig_mod" in name:
+        return (
+            "The block is wrapped by torch.compile(block). Use lit_accel.anatomy.compile_blocks(model) instead, or "
+            "compile_blocks: true of the tasks."
+        )
+    return (
+        "Methods work on the parts that they know of a model, so adapters (LoRA and others) inside of it are not "
+        "supported: train without them, or without the method. Extra layers belong beside the model, in the "
+        "LightningModule. Of a subclass with parameters of its own, register the anatomy with "
+        "lit_accel.anatomy.register_anatomy."
+    )

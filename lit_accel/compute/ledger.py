@@ -84,7 +84,7 @@ class ComputeLedger(Callback):
         self, monitor: Sequence[str] = ("val/loss",), folder: str | None = None, print_table: bool = True
     ) -> None:
         super().__init__()
-        if isinstance(monitor, str) or not all(isinstance(name, str) for name in monitor):
+        if monitor is None or isinstance(monitor, str) or not all(isinstance(name, str) for name in monitor):
             raise ValueError(f'monitor is {monitor!r}; it is a list of names of logged metrics, such as ["val/loss"].')
         self.monitor = list(monitor)
         self.folder = folder
@@ -187,8 +187,9 @@ class ComputeLedger(Callback):
         metrics = {name: trainer.callback_metrics[name] for name in self.monitor if name in trainer.callback_metrics}
         if missing := [name for name in self.monitor if name not in metrics]:
             rank_zero_warn(
-                f"ComputeLedger monitors {', '.join(missing)}, which validation did not log. It logged: "
-                f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}."
+                f"ComputeLedger monitors {', '.join(missing)}, which nothing has logged. What was: "
+                f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}. Name the held-out loss among them with "
+                'ComputeLedger(monitor=["..."]); lit-accel report takes its name with --metric.'
             )
         self._write_row({name: repr(float(value)) for name, value in metrics.items()})
         synchronize(trainer.strategy.root_device)

@@ -130,8 +130,9 @@ def resolve_phases(phases: Sequence[Phase], num_levels: int, num_steps: int) -> 
             end = num_steps
         if end <= start:
             raise ValueError(
-                f"{where} would have no optimizer step: it starts at step {start} of {num_steps}, with length "
-                f"{phase.length}. Give it a longer share, or lengthen the run."
+                f"{where} would have no optimizer step: it starts at step {start} of {num_steps}, "
+                f"{'with nothing left' if phase.length is None else f'with length {phase.length}'}. Give it a longer "
+                "share, shorten those before it, or lengthen the run."
             )
         resolved.append(ResolvedPhase(phase.level, start, end, phase.lr_scale))
         start = end

@@ -23,7 +23,7 @@ class TokenSchedule:
 
     Args:
         start: Kept tokens at step 0: a number (int) or a share of the sequence in (0, 1] (float).
-        growth_steps: Optimizer steps until nothing is dropped; at least 1 unless ``start`` is 1.0.
+        growth_steps: Optimizer steps until nothing is dropped; with 0 nothing ever is.
         quantum: Of which the number of kept tokens is a multiple while it grows.
         max_lengths: At most so many distinct lengths, the whole sequence included; the quantum is multiplied as need
             be. Default: no limit.
@@ -46,6 +46,8 @@ class TokenSchedule:
                 f"start_tokens is {self.start!r}; it is a number of tokens (int), at least 1, or a share of the "
                 "sequence (float) in (0, 1]. 1.0 drops nothing."
             )
+        if not is_whole(self.growth_steps, 0):
+            raise ValueError(f"growth_steps is {self.growth_steps!r}; it is a number of optimizer steps, at least 0.")
         if not is_whole(self.quantum, 1):
             raise ValueError(
                 f"quantum is {self.quantum!r}; kept tokens grow by multiples of it, so it is at least 1. 8 suits "
