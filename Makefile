@@ -52,7 +52,7 @@ bench: $(STAMP) data/fashion-mnist  ## go on with the study of what the methods 
 	$(BIN)/python -m scripts.bench
 	$(MAKE) bench-report
 
-measure: $(STAMP)  ## what steps and transitions cost, and first comparisons; resumes where it stopped
+measure: $(STAMP)  ## what steps and transitions cost, measured anew, and first comparisons, which resume where they stopped
 	$(BIN)/python -m scripts.measure_transition
 	$(BIN)/python -m scripts.measure_realised_share
 	$(BIN)/python -m scripts.measure_layer_dropping
@@ -62,7 +62,8 @@ measure: $(STAMP)  ## what steps and transitions cost, and first comparisons; re
 	$(BIN)/python -m scripts.compare_layer_dropping
 	$(BIN)/python -m scripts.compare_token_dropping
 	$(BIN)/python -m scripts.compare_mixed_sparsity
-	$(BIN)/python -m scripts.compare_presets
+	$(BIN)/python -m scripts.compare_presets --lrs 0.004 --seeds 0
+	$(BIN)/python -m scripts.compare_presets --lrs 0.004 --seeds 0 --setup 'width 64'
 	$(BIN)/python -m scripts.compare_vision --choices
 	$(MAKE) bench-report
 

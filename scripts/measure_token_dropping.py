@@ -39,7 +39,7 @@ from scripts.timed_gpt import KEEP_MEMORY, NO_DROPOUT, TimedGPT, run_apart, trai
 RESULTS = Path(__file__).parent / "results" / "token_dropping.json"
 # In parts of a sequence; 1 is the plain model, with the method taken off.
 ARMS = (1.0, 0.75, 0.5, 0.25)
-# Each arm follows each other one as often: what a turn leaves in the caches and the allocator cancels.
+# Each arm follows each other one, once or twice: what a turn leaves in the caches and the allocator falls on all.
 _ORDER = (0, 1, 3, 2, 1, 2, 0, 3, 2, 3, 1, 0, 3, 0, 2, 1)
 
 

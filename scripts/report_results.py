@@ -271,9 +271,9 @@ def sparsity_seconds_tables() -> str:
             "of the",
             "tiles. The arms take turns within a process; whole runs, dense and with `MixedSparsityTraining()` as it "
             "comes, take",
-            "turns too. Realised share: log(time ratio) / log(FLOPs ratio), the head counted dense. Switching units "
-            "takes at most",
-            f"{switch:.2f} dense steps.",
+            "turns too. Realised share: log(time ratio) / log(FLOPs ratio), the head counted dense. Choosing neurons "
+            "and heads and",
+            f"taking the others out takes {switch:.2f} dense steps at most.",
             "",
             "| what | tokens a step | glibc keeps memory | FLOPs | seconds | times faster | realised share |",
             "| --- | --- | --- | --- | --- | --- | --- |",

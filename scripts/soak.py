@@ -104,6 +104,9 @@ def soak(minutes: float, num_kills: int | None, among: list[Case], seed: int, co
                 shutil.rmtree(at)
             else:
                 _say_what_is_wrong(attempt, _kept(at), console)
+            if not attempt.fates and not attempt.is_good:
+                # No kill, and so no record: it would go on as if nothing had been.
+                raise SystemExit(f"{case.name} ended by itself before it was killed: {attempt.broken}")
     return records
 
 
