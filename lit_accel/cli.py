@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import replace
 from importlib.metadata import version
@@ -37,6 +38,8 @@ from lit_accel.planning.picture import check_picture, draw_forecast
 from lit_accel.planning.table import forecast_tables
 
 _SHOWING = (ProgressBar, DeviceStatsMonitor, LearningRateMonitor, ModelSummary)
+# What a model takes from its data.
+_OF_THE_DATA = ("vocab_size", "num_classes", "in_chans", "image_size")
 _QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -154,7 +157,7 @@ class LitAccelCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link the vocabulary of the data, or its classes and the shape of its images, to the model."""
-        for name in ("vocab_size", "num_classes", "in_chans", "image_size"):
+        for name in _OF_THE_DATA:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -196,6 +199,24 @@ class LitAccelCLI(LightningCLI):
                 return class_type(*args, **kwargs)
 
         self.parser.add_instantiator(build, LightningModule, subclasses=True, prepend=True)
+
+    def instantiate_classes(self) -> None:
+        """Build what the configuration names, and refuse a model that was told another thing than its data says.
+
+        Raises:
+            MisconfigurationException: If it was; the data's would be taken without a word.
+        """
+        super().instantiate_classes()
+        given = (self._get(self.config, "model") or {}).get("init_args") or {}
+        parameters = inspect.signature(type(self.model)).parameters
+        for name in _OF_THE_DATA:
+            told, said = given.get(name), getattr(self.datamodule, name, None)
+            is_default = name in parameters and told == parameters[name].default
+            if told is not None and said is not None and told != said and not is_default:
+                raise MisconfigurationException(
+                    f"model.init_args.{name} is {told}, but the data has {said}, which the model takes. Leave it out, "
+                    "or change the data."
+                )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the Trainer: with one ledger, and for a plan writing nothing, without weights on the CPU."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel
 
@@ -106,6 +107,22 @@ def test_the_vocabulary_of_the_data_is_the_models():
     cli = parsed("fit", *files(model=MODEL, data=DATA))
     assert cli.model.model.config.vocab_size == VOCAB_SIZE
     assert cli.model.hparams["vocab_size"] == VOCAB_SIZE
+
+
+class ElevenWords(LightningModule):
+    """A module of somebody's, with a default of its own."""
+
+    def __init__(self, vocab_size: int = 11):
+        super().__init__()
+        self.vocab_size = vocab_size
+
+
+def test_a_default_gives_way_to_the_data_and_a_given_value_does_not():
+    data = f"--data={__name__}.RandomTokens"
+    assert parsed("fit", f"--model={__name__}.ElevenWords", data).model.vocab_size == VOCAB_SIZE
+    parsed("fit", f"--model={__name__}.ElevenWords", f"--model.vocab_size={VOCAB_SIZE}", data)
+    with pytest.raises(MisconfigurationException, match=f"vocab_size is 12, but the data has {VOCAB_SIZE}"):
+        parsed("fit", f"--model={__name__}.ElevenWords", "--model.vocab_size=12", data)
 
 
 @pytest.mark.parametrize(

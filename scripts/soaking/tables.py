@@ -46,9 +46,9 @@ def kills_table() -> str:
     return "\n".join(
         [
             f"{len(records)} kills in {num_runs} runs of {len(ran & names)} cases, drawn from {len(names)}: every",
-            "method and every pair that is not refused, on GPT-2, BERT and DeiT, on one process and on two (DDP; FSDP2 where",
-            "the methods can). Compared with the uninterrupted run: weights, optimizer, state of methods, ledger and",
-            "its table, position in the data, and every row of the logs.",
+            "method and every pair that is not refused, on GPT-2, BERT and DeiT, on one process and on two (DDP; FSDP2",
+            "where the methods can). Compared with the uninterrupted run: weights, optimizer, state of methods, ledger",
+            "and its table, position in the data, and every row of the logs.",
             "",
             *lines,
             "",

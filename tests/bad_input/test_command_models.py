@@ -101,6 +101,11 @@ ROWS = [
         "overrides says vocab_size=100, but the data's vocabulary has 262 tokens.",
     ),
     wrong(
+        "a vocabulary of the model that is not the data's",
+        "--model.vocab_size=100",
+        "model.init_args.vocab_size is 100, but the data has 262, which the model",
+    ),
+    wrong(
         "sequences longer than the model's positions",
         "--data.block_size=32",
         "The texts of TextDataModule have 32 tokens (block_size), and the model has",

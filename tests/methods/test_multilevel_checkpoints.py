@@ -231,6 +231,19 @@ def test_other_maps_than_the_stored_weights_were_made_with(tmp_path, change):
         trainer.fit(TinyModule(), loader(num_samples=8), ckpt_path=tmp_path / "small.ckpt")
 
 
+def test_a_small_model_without_the_weights_that_it_must_grow_back_into(tmp_path):
+    """They would be drawn, as for a level that never existed."""
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES), StopAt(6)], max_epochs=12)
+    trainer.fit(TinyModule(), loader(num_samples=8))
+    trainer.save_checkpoint(tmp_path / "small.ckpt")
+    checkpoint = torch.load(tmp_path / "small.ckpt", weights_only=True)
+    del checkpoint["callbacks"]["MultiLevelTraining"]["stored"][0]
+    torch.save(checkpoint, tmp_path / "without.ckpt")
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES)], max_epochs=12)
+    with pytest.raises(MisconfigurationException, match="at level 1, but the stored weights of level 0"):
+        trainer.fit(TinyModule(), loader(num_samples=8), ckpt_path=tmp_path / "without.ckpt")
+
+
 def test_other_rules_than_before_are_warned_about(tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES), StopAt(6)], max_epochs=12)
     trainer.fit(TinyModule(), loader(num_samples=8))

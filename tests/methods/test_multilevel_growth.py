@@ -118,6 +118,21 @@ def test_the_fresh_part_tells_copies_apart(tmp_path):
     assert asymmetry(default.net) > 1e-2
 
 
+@pytest.mark.parametrize(("settings", "std"), [({}, 0.02), ({"fresh_std": 0.1}, 0.1)], ids=["default", "given"])
+def test_matrices_alone_get_noise_of_the_given_spread(tmp_path, settings, std):
+    module = small_module(dtype=torch.float64, lr=0.0)
+    small = {name: parameter.detach().clone() for name, parameter in module.net.named_parameters()}
+    fit(tmp_path, module, MultiLevelTraining(start_level=1, **settings), steps=1)
+    grown = level_map(anatomy_of(module.net)).apply(small, "decoalesce")
+    noise = {name: parameter.detach() - grown[name] for name, parameter in module.net.named_parameters()}
+    assert not any(tensor.any() for tensor in noise.values() if tensor.ndim < 2)
+    # The mean of a group is the small model's: of 8 entries, 7 are free in a block (two blocks, 2 x 2), and 1 of 2 in
+    # an embedding, whose tokens do not merge.
+    weights = torch.stack([noise[f"transformer.h.{index}.mlp.c_fc.weight"] for index in range(4)])
+    assert weights.std().item() == pytest.approx(std * (7 / 8) ** 0.5, rel=0.1)
+    assert noise["transformer.wte.weight"].std().item() == pytest.approx(std * (1 / 2) ** 0.5, rel=0.1)
+
+
 def test_the_small_model_stays_the_coarse_part_of_the_grown_one(tmp_path):
     """Whatever is drawn, coalescing gives back what has been trained."""
     module = small_module(dtype=torch.float64, lr=0.0)

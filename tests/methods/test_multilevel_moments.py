@@ -158,3 +158,43 @@ def test_unknown_optimizer_state_is_refused():
     lm = level_map(anatomy_of(make_model("gpt2-tied", **SIZE)))
     with pytest.raises(KeyError, match="exp_inf"):
         project_optimizer_state({"transformer.ln_f.weight": {"exp_inf": torch.ones(8)}}, lm, "up")
+
+
+def test_merged_blocks_by_hand():
+    """Adding the roots of second moments, and the count of the block that has stepped most often."""
+    lm = level_map(anatomy_of(make_model("gpt2-tied", **SIZE)), width=1, depth=2)
+
+    def entry(first, second, step):
+        return {
+            "step": torch.tensor(step),
+            **{key: torch.full((16,), first) for key in ("exp_avg", "momentum_buffer")},
+            **{key: torch.full((16,), second) for key in ("exp_avg_sq", "max_exp_avg_sq")},
+        }
+
+    name = "transformer.h.{}.ln_1.weight".format
+    large = {name(0): entry(1.0, 4.0, 3.0), name(1): entry(5.0, 16.0, 7.0)}
+    cases = (
+        (large, "down", {name(0): entry(6.0, 36.0, 7.0)}),
+        ({name(0): entry(6.0, 36.0, 7.0)}, "up", {name(0): entry(3.0, 9.0, 7.0), name(1): entry(3.0, 9.0, 7.0)}),
+    )
+    for state, direction, expected in cases:
+        torch.testing.assert_close(project_optimizer_state(state, lm, direction), expected, rtol=0, atol=0)
+        for each in expected.values():
+            each |= {key: torch.zeros(16) for key in ("exp_avg", "momentum_buffer")}
+        second = project_optimizer_state(state, lm, direction, "second_moment")
+        torch.testing.assert_close(second, expected, rtol=0, atol=0)
+
+
+def test_stored_and_grown_moments_by_hand():
+    """Second moments are averaged in the root: those of 4 and 16 meet at 9, and not at 10."""
+
+    def entry(step, first, second):
+        keys = ("step", "exp_avg", "momentum_buffer", "exp_avg_sq", "max_exp_avg_sq")
+        return {
+            key: torch.tensor([value]) for key, value in zip(keys, (step, *[first] * 2, *[second] * 2), strict=True)
+        }
+
+    stored, grown = {"both": entry(3.0, 2.0, 4.0)}, {"both": entry(8.0, 6.0, 16.0), "grown": entry(8.0, 6.0, 16.0)}
+    for alpha, first, second in ((0.5, 4.0, 9.0), (0.25, 3.0, 6.25)):
+        merged = merge_optimizer_state(stored, grown, Interpolation.of_alpha(alpha))
+        assert merged == {"both": entry(8.0, first, second), "grown": entry(8.0, 6.0, 16.0)}

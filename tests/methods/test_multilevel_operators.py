@@ -121,6 +121,25 @@ def test_growing_the_depth_by_copies_changes_the_function():
     assert relative_error(actual, expected) > 1e-2
 
 
+def test_copies_of_a_block_take_half_of_its_step_each():
+    """And blocks that are merged take all of their steps, while everything else is copied and averaged."""
+    large = make_model("gpt2-tied", blocks=FEW)
+    small, lm = small_of(large, width=1, depth=2, depth_mode="ode")
+    large, small = parameters(large), parameters(small)
+    grown, merged = decoalesce(small, lm), coalesce(large, lm)
+    names = [name.removeprefix("transformer.h.0.") for name in small if name.startswith("transformer.h.0.")]
+    steps = {f"{branch}.c_proj.{kind}" for branch in ("attn", "mlp") for kind in ("weight", "bias")}
+    assert steps < set(names)
+    for name in names:
+        divisor = 2 if name in steps else 1
+        for index in range(FEW):
+            block, source = f"transformer.h.{index}.{name}", f"transformer.h.{index // 2}.{name}"
+            assert torch.equal(grown[block], small[source] / divisor), block
+        for index in range(FEW // 2):
+            first, second = (large[f"transformer.h.{2 * index + other}.{name}"] for other in range(2))
+            assert torch.equal(merged[f"transformer.h.{index}.{name}"], (first + second) * divisor / 2), name
+
+
 def test_unfolded_tied_head_would_change_the_function():
     """The factor that the last norm carries is needed: without it the logits are twice too large."""
     small, lm = small_and_map("gpt2-tied")
@@ -175,6 +194,36 @@ def test_the_ends_of_interpolation_are_bitwise(name, dtype):
     ):
         for key, value in parameters(expected).items():
             assert torch.equal(result.get_parameter(key), value), key
+
+
+def halves(state):
+    return {name: tensor.bfloat16() for name, tensor in state.items()}
+
+
+def singles(state):
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("name", ["gpt2-tied", "llama-gqa", "vit-registers"])
+@pytest.mark.parametrize("operator", ["coalesce", "decoalesce", "coalesce_t", "decoalesce_t"])
+def test_maps_of_half_precision_round_once(name, operator, wide):
+    """However many terms a sum has: here up to 64."""
+    small, lm = small_of(wide(name), width=4, depth=4)
+    state = halves(parameters(wide(name) if operator in ("coalesce", "decoalesce_t") else small))
+    expected = halves(lm.apply(singles(state), operator))
+    for key, value in lm.apply(state, operator).items():
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize(("coarse", "fine"), [(0.3, 0.8), (0.3, 0.3), (1.0, 0.0)])
+def test_interpolation_in_half_precision_rounds_once(coarse, fine, wide):
+    small, lm = small_of(wide("gpt2-tied"), width=2, depth=2)
+    # Their means are numbers in half precision: else the coalesced model is rounded too, as the small one was.
+    large = {name: (tensor * 16).round().clamp(-16, 16) / 16 for name, tensor in parameters(wide("gpt2-tied")).items()}
+    large, small = halves(large), halves(parameters(small))
+    expected = halves(interpolate(singles(large), singles(small), lm, Interpolation(coarse, fine)))
+    for key, value in interpolate(large, small, lm, Interpolation(coarse, fine)).items():
+        assert torch.equal(value, expected[key]), key
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5])
