@@ -54,7 +54,7 @@ def _check_resizable(strategy: Strategy, method: str) -> None:
         instead = "There is no strategy for TPUs that can."
     else:
         name = next((name for kind, name in _RESIZABLE.items() if isinstance(strategy, kind)), "resizable")
-        instead = f'Use Trainer(strategy="{name}") instead, after `import lit_accel`.'
+        instead = f'Use Trainer(strategy="{name}") instead, after `import lit_accel`, or --trainer.strategy {name}.'
     raise MisconfigurationException(
         f"{method} changes the model's size in mid-training, which {type(strategy).__name__} cannot. "
         f'{instead} There is "resizable" for one device, "resizable_ddp" for several, and "resizable_model_parallel" '

@@ -116,7 +116,11 @@ def _explained(model: str, fields: Mapping[str, Any]) -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = f"there is no {reason}" if isinstance(error, KeyError) else reason
         given = f" with overrides {dict(fields)}" if fields else ""
-        what = "Change overrides"
+        what = "Change overrides" if fields else "Choose another"
+        if fields and "ignore_mismatched_sizes" in reason:
+            # What transformers advises would leave layers of it random, without another word.
+            reason = "with these overrides its weights have other shapes"
+            what = "Overrides of a trained model must not change its sizes: set overrides: null, or pretrained: false"
         if "no file named" in reason.lower():
             what = "To train from random weights set pretrained: false"
         elif isinstance(error, SafetensorError):
