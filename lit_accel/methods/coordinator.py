@@ -387,6 +387,16 @@ class Coordinator:
         return decide
 
 
+def merged_batches(methods: Sequence[Method]) -> dict[int, int]:
+    """Return how many micro-batches are computed as one, by level.
+
+    Args:
+        methods: The methods of a run.
+    """
+    levels = [level.merge_batches for method in methods for level in getattr(method, "levels", ())]
+    return dict(enumerate(levels, 1))
+
+
 def workload_of(trainer: L.Trainer, module: L.LightningModule, methods: Sequence[Method]) -> Workload | None:
     """Return what an optimizer step works on, where the model or the data module says it.
 
@@ -408,13 +418,12 @@ def workload_of(trainer: L.Trainer, module: L.LightningModule, methods: Sequence
     )
     if num_tokens is None:
         return None
-    levels = [level.merge_batches for method in methods for level in getattr(method, "levels", ())]
     batch_size = getattr(data, "batch_size", None)
     return Workload(
         num_sequences=batch_size if isinstance(batch_size, int) and batch_size > 0 else 1,
         num_tokens=num_tokens,
         num_micro_batches=trainer.accumulate_grad_batches * trainer.world_size,
-        num_merged=dict(enumerate(levels, 1)),
+        num_merged=merged_batches(methods),
         activation_checkpointing=transformer.training and uses_activation_checkpointing(transformer),
     )
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lit_accel.anatomy import Anatomy, anatomy_of, build_resized, find_transformer, uses_activation_checkpointing
 from lit_accel.arguments import require_whole
 from lit_accel.compute.plan import PlannedPhase, RunPlan, Workload
-from lit_accel.methods.coordinator import coordinator_of, workload_of
+from lit_accel.methods.coordinator import coordinator_of, merged_batches
 from lit_accel.planning.first_call import FirstCall, first_call
 from lit_accel.planning.memory import MOMENTS, Activations, activations_of
 from lit_accel.planning.rehearsal import rehearse
@@ -136,12 +136,11 @@ def _forecast(
     coordinator = coordinator_of(trainer)
     is_given = num_sequences is not None and num_tokens is not None
     call = None if is_given else first_call(trainer, module)
-    known = workload_of(trainer, module, coordinator.methods)
     workload = Workload(
         num_sequences=num_sequences or (call.num_sequences if call else 1),
         num_tokens=num_tokens or (call.num_tokens if call else 1),
         num_micro_batches=trainer.accumulate_grad_batches * world_size,
-        num_merged=known.num_merged if known else {},
+        num_merged=merged_batches(coordinator.methods),
         activation_checkpointing=transformer.training and uses_activation_checkpointing(transformer),
     )
     coordinator.check_cost(full, workload)

@@ -24,6 +24,7 @@ from lit_accel import (
 from lit_accel.anatomy import anatomy_of
 from lit_accel.compute import forward_flops, training_flops
 from lit_accel.compute.active import active_of
+from lit_accel.compute.flops import head_accountings
 from lit_accel.compute.phases import phase_size
 from lit_accel.compute.plan import Workload
 from lit_accel.methods.compatibility import MST, MULTI_LEVEL, PLD, RANDOM_LTD, SBLD
@@ -146,6 +147,33 @@ def cost_of(call, **how):
     return total
 
 
+COUNTED = ("size", "steps", "tokens", "flops", "dense_flops")
+# By three ways to count the head, which plans do not tell apart.
+WITH_HEADS = (
+    *COUNTED,
+    "head_masked_flops",
+    "head_dense_flops",
+    "head_excluded_flops",
+    "dense_head_excluded_flops",
+)
+
+
+def by_head(spent, anatomy, active, cost, num_calls=1):
+    """Return what was spent, and by three ways to count the head: what a block left out, it left out in each of them.
+
+    Args:
+        spent: FLOPs of the calls.
+        anatomy: The model.
+        active: Which of its units were on.
+        cost: Returns the FLOPs of a call of the model in which no block leaves anything out.
+        num_calls: How often it was called.
+    """
+    flops = cost(anatomy, active=active)
+    three = head_accountings(anatomy, flops, cost(anatomy), active)
+    whole = {"flops": flops.total, **{f"head_{name}_flops": value for name, value in vars(three).items()}}
+    return {name: spent + num_calls * (value - flops.total) for name, value in whole.items()}
+
+
 def probe_costs(probes, units, shape):
     """Return what measurements cost, by step: each runs the model in whole and once for each block that it may drop."""
     costs = {}
@@ -153,7 +181,10 @@ def probe_costs(probes, units, shape):
     for step, anatomy, active in states:
         dropped = units(anatomy)
         forward = forward_flops(anatomy, *shape, active=active)
-        costs[step] = costs.get(step, 0) + ablation_flops(forward.blocks, forward.outside_blocks, dropped)
+        spent = ablation_flops(forward.blocks, forward.outside_blocks, dropped)
+        cost = partial(forward_flops, num_sequences=shape[0], num_tokens=shape[1])
+        more = by_head(spent, anatomy, active, cost, 1 + len(dropped))
+        costs[step] = {name: costs.get(step, {}).get(name, 0) + value for name, value in more.items()}
         assert {step for step, *_ in itertools.islice(states, len(dropped))} == {step}
     return costs
 
@@ -164,12 +195,18 @@ def phases_of(ran, full, probes=None):
     for call in ran.calls:
         size = phase_size(call["anatomy"], call["active"])
         if not phases or phases[-1]["size"] != size:
-            phases.append({"size": size, "steps": 0, "tokens": 0, "flops": 0, "dense_flops": 0})
+            phases.append({"size": size, **dict.fromkeys(WITH_HEADS[1:], 0)})
         phase, (num_sequences, num_tokens) = phases[-1], call["shape"]
         phase["steps"] += call["ends"]
         phase["tokens"] += num_sequences * num_tokens
-        phase["flops"] += cost_of(call) + probes.pop(call["step"], 0)
-        phase["dense_flops"] += training_flops(full, num_sequences, num_tokens).total
+        cost = partial(training_flops, num_sequences=num_sequences, num_tokens=num_tokens)
+        # Measurements are spent, and are none of what the full model would have paid.
+        measured = probes.pop(call["step"], {})
+        for name, flops in by_head(cost_of(call), call["anatomy"], call["active"], cost).items():
+            phase[name] += flops + measured.get(name, 0)
+        dense = cost(full)
+        phase["dense_flops"] += dense.total
+        phase["dense_head_excluded_flops"] += dense.total - dense.head
     return phases
 
 
@@ -188,9 +225,6 @@ class Saves(L.Callback):
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step in self.steps and trainer.global_step > self.step:
             trainer.save_checkpoint(self.path(trainer.global_step))
-
-
-COUNTED = ("size", "steps", "tokens", "flops", "dense_flops")
 
 
 def counted(phases, names=COUNTED):

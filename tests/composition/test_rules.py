@@ -19,6 +19,7 @@ from tests.composition.runs import (
     COUNTED,
     METHODS,
     STEPS,
+    WITH_HEADS,
     Host,
     Saves,
     assert_same,
@@ -281,7 +282,7 @@ def test_what_is_planned_is_charged_whatever_is_set(tmp_path, data):
     assert counted(plan.phases, (*COUNTED, "num_parameters")) == counted(
         made.ledger.phases.list, (*COUNTED, "num_parameters")
     )
-    assert counted(made.ledger.phases.list) == phases_of(made.ran, full)
+    assert counted(made.ledger.phases.list, WITH_HEADS) == phases_of(made.ran, full)
     assert [decision.level for decision in plan.decisions] == [
         int(len(call["anatomy"].blocks) < 6) for call in made.ran.calls
     ]

@@ -175,6 +175,17 @@ def test_rows_hold_the_metrics_where_they_were_measured(uninterrupted):
     assert measured == ["5", "10", "15", "20"]
 
 
+def test_what_a_step_costs_is_of_the_steps_since_the_resume(tmp_path):
+    """The first that is logged after it: not a mean over the steps of before, which were of another size."""
+    fit(tmp_path, max_epochs=2).save_checkpoint(tmp_path / "stopped.ckpt")
+    logger, module = CSVLogger(tmp_path, name="", version="resumed"), TinyModule()
+    fit(tmp_path, max_epochs=3, ckpt_path=tmp_path / "stopped.ckpt", logger=logger)
+    with (tmp_path / "resumed" / "metrics.csv").open() as file:
+        logged = [float(row["compute/step_flops"]) for row in csv.DictReader(file) if row["compute/step_flops"]]
+    # After steps 12 and 15, of which the small phase has all but the last two.
+    assert logged == [cost(module, HALF), (cost(module, HALF) + cost(module, FULL, 2)) / 3]
+
+
 # Stopped at full size, and in the small phase.
 @pytest.mark.parametrize("stop", [1, 2])
 @pytest.mark.parametrize("new_folder", [False, True])

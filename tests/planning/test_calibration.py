@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import statistics
 import time
 
 import lightning.pytorch as L
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -130,17 +133,44 @@ def test_a_line_is_found(slope, base, costs):
         assert found == pytest.approx((slope, base), abs=1e-6 * (1 + max(costs)))
 
 
-@given(st.integers(1, 300), st.lists(st.integers(0, 2), min_size=1, max_size=4), st.integers(1, 12))
-def test_places_lie_in_every_phase(num_steps, levels, length):
-    anatomy = anatomy_of(TinyModule().net) if not hasattr(test_places_lie_in_every_phase, "anatomy") else None
-    anatomy = anatomy or test_places_lie_in_every_phase.anatomy
-    test_places_lie_in_every_phase.anatomy = anatomy
-    anatomies = [anatomy, anatomy.at(anatomy.size), anatomy]
-    planned = plan_run(
-        lambda step: StepDecision(level=levels[step * len(levels) // num_steps]), num_steps, anatomies, Workload(2, 4)
-    )
+@pytest.fixture(scope="module")
+def anatomies():
+    full = anatomy_of(TinyModule().net)
+    return [full, full.at(full.reduced(2, 2)), full.at(full.reduced(1, 2))]
+
+
+@given(
+    num_steps=st.integers(1, 300),
+    levels=st.lists(st.integers(0, 2), min_size=1, max_size=4),
+    length=st.integers(1, 12),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=50)
+def test_places_lie_in_every_phase(anatomies, num_steps, levels, length, seed):
+    """At its start and its last steps, and where it costs least and most, with a view to all that is trained there."""
+    costs = random.Random(seed)
+
+    def decide(step):
+        level = levels[step * len(levels) // num_steps]
+        return StepDecision(level, tuple(costs.random() for _ in anatomies[level].blocks))
+
+    planned = plan_run(decide, num_steps, anatomies, Workload(2, 4))
+    assert [phase.level for phase in planned.phases] == [
+        level for level, _ in itertools.groupby(levels[step * len(levels) // num_steps] for step in range(num_steps))
+    ]
     places = _places(planned, length)
     assert places == sorted(set(places))
     for phase in planned.phases:
-        inside = [place for place in places if phase.start <= place < phase.start + phase.steps]
-        assert phase.start in inside
+        end = phase.start + phase.steps
+        inside = [place for place in places if phase.start <= place < end]
+        last = max(phase.start, end - length)
+        assert {phase.start, last} <= set(inside)
+        assert len(inside) <= 4
+        mean = {
+            step: statistics.fmean(planned.step_flops[step : min(step + length, end)])
+            for step in range(phase.start, end)
+        }
+        # Of a longer phase some of the steps are looked at, evenly.
+        looked_at = [mean[step] for step in range(phase.start, last + 1, max(1, (last - phase.start) // 50))]
+        assert min(mean[place] for place in inside) <= min(looked_at)
+        assert max(mean[place] for place in inside) >= max(looked_at)

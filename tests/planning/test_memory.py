@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lit_accel import MixedSparsityTraining, ProgressiveLayerDropping, RandomLTD
+from lit_accel import (
+    Level,
+    MixedSparsityTraining,
+    MultiLevelTraining,
+    Phase,
+    ProgressiveLayerDropping,
+    RandomLTD,
+)
+from lit_accel.anatomy import anatomy_of, build_resized
 from lit_accel.planning import plan
 from tests.models import make_model
 from tests.planning.runs import Data, on_meta, trainer
@@ -102,3 +110,22 @@ def test_less_is_saved_where_less_takes_part(tmp_path):
     # In the first step every block runs.
     assert layers == dense
     assert units[0] == units[2] == dense > units[1]
+
+
+@pytest.mark.parametrize("merged", [1, 2])
+def test_a_small_phase_needs_what_the_small_model_needs(tmp_path, merged):
+    """Its weights are fewer, and its batches may be merged ones."""
+    # Which does not say how long its sequences are.
+    data = Data(batch_size=8, length=32)
+    cycle = MultiLevelTraining([Level(merge_batches=merged)], [Phase(0, 4), Phase(1, 16), Phase(0)])
+    first, small, last = plan(trainer(tmp_path, [cycle], accumulate_grad_batches=2), on_meta(Larger), data).memory
+    module = Larger()
+    anatomy = anatomy_of(module.net)
+    sizes = [sum(parameter.numel() for parameter in module.parameters())]
+    module.net = build_resized(module.net, anatomy, anatomy.reduced(2, 2)).train()
+    sizes.append(sum(parameter.numel() for parameter in module.parameters()))
+    for phase, num in zip((first, small, last), (*sizes, sizes[0]), strict=True):
+        assert (phase.weights, phase.gradients, phase.optimizer) == (4 * num, 4 * num, 8 * num)
+    assert first == last
+    ids = torch.cat([next(iter(data.train_dataloader()))] * merged)
+    assert small.activations == pytest.approx(really_saved(module, {"input_ids": ids}, "32-true"), rel=0.1)

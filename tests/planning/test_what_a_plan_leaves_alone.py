@@ -46,14 +46,15 @@ class Alarm(L.Callback):
 
 def test_nobody_is_told_of_an_exception_and_nothing_is_saved(tmp_path):
     alarm = Alarm()
-    callbacks = [OnExceptionCheckpoint(tmp_path / "saved"), alarm, cycle()]
-    run = trainer(tmp_path, callbacks, enable_checkpointing=True)
-    plan(run, on_meta(), Data())
+
+    def run(**options):
+        callbacks = [OnExceptionCheckpoint(tmp_path / "saved"), alarm, cycle()]
+        return trainer(tmp_path, callbacks, enable_checkpointing=True, **options)
+
+    plan(run(), on_meta(), Data())
     assert not alarm.rang
-    with pytest.raises(MisconfigurationException):
-        plan(
-            trainer(tmp_path, [OnExceptionCheckpoint(tmp_path / "saved"), cycle()], strategy="auto"), on_meta(), Data()
-        )
+    with pytest.raises(MisconfigurationException, match='strategy="resizable"'):
+        plan(run(strategy="auto"), on_meta(), Data())
     assert not list(tmp_path.iterdir())
 
 
@@ -216,6 +217,20 @@ def test_long_runs_are_sampled_at_no_fixed_place(tmp_path):
         sampled = plan_run(decide, 200_000, [anatomy], Workload(2, 8), stride=stride)
         assert sampled.num_steps == 200_000
         assert sampled.flops == pytest.approx(exact.flops, rel=0.02)
+
+
+@pytest.mark.parametrize("stride", [3, 7, 64, 99, 1000])
+def test_the_last_sample_stands_for_the_steps_that_are_left(stride):
+    """Hundred steps are no multiple of most strides, and fewer than some."""
+    anatomy = anatomy_of(TinyModule().net)
+    anatomies, work = [anatomy, anatomy.at(anatomy.reduced(2, 2))], Workload(2, 8, num_micro_batches=3)
+    for level in (0, 1):
+        exact, sampled = (
+            plan_run(lambda _, level=level: StepDecision(level), 100, anatomies, work, stride=each)
+            for each in (1, stride)
+        )
+        assert facts(sampled.phases) == facts(exact.phases)
+        assert (sampled.flops, sampled.dense_flops) == (exact.flops, exact.dense_flops)
 
 
 def test_data_that_do_not_say_their_batch_size(tmp_path):

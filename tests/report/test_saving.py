@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_accel.report.frontier import Frontier, fit_frontier
-from lit_accel.report.noise import Cell, estimate_noise
+from lit_accel.report import saving as module
+from lit_accel.report.curve import Curves, fit_curves
+from lit_accel.report.frontier import Frontier, _check, _misfit, fit_frontier
+from lit_accel.report.noise import Cell, Noise, Scatter, estimate_noise
 from lit_accel.report.runs import find_runs
 from lit_accel.report.saving import saving_against
 from tests.report.planted import REFERENCE, cell, loss_at, write_dense, write_ledger
@@ -72,6 +74,8 @@ def test_dense_training_saves_nothing_against_itself(seed, budget):
     # Three budgets, through which the curve goes exactly.
     dense, _ = planted(0.0, 3, 0.002, np.random.default_rng(seed))
     found = saving_against(frontier_of(dense[:3]), dense[budget], [], num_draws=50)
+    # Rounding may put the largest budget beyond itself; one in the middle of the range has a number.
+    assert budget == 2 or found.reason is None
     assert found.share == pytest.approx(0, abs=1e-3) or found.reason is not None
     dense, _ = planted(0.0, 1, 0.0, np.random.default_rng(seed))
     assert saving_against(frontier_of(dense), dense[budget], []).share == pytest.approx(0, abs=1e-4)
@@ -150,6 +154,60 @@ def test_draws_are_the_same_each_time():
     assert saving_against(frontier_of(dense), arm, [arm]) == saving_against(frontier_of(dense), arm, [arm])
 
 
+# --- what an interval and a p-value say of draws that are known
+
+NUM_DRAWS = 201
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Returns a comparison whose draws are given: the saving of each, or NaN where it has no curve."""
+
+    def judge(savings):
+        dense, arm = planted(0.0, 1, 0.0, np.random.default_rng(0))
+        log_cost, loss = arm.mean
+        nothing, one = np.zeros(len(savings)), np.ones(len(savings))
+        # The arm always ends the same; what dense training costs to end there is another in each draw.
+        curves = Curves(nothing, np.where(np.isnan(savings), np.nan, loss), one, log_cost - np.log1p(-savings))
+        noise = Noise(np.zeros((1, 2)), Scatter(0.0, 0.0, 0.0, 3), 3, "seeds")
+        monkeypatch.setattr(module, "_draw_frontiers", lambda *_: (noise, one[:, None], curves))
+        return saving_against(frontier_of(dense), arm, [arm])
+
+    return judge
+
+
+@pytest.mark.parametrize("num_below", [0, 1, 5, 6, 60, 100, 101, 150, 195, 196, 200, 201])
+def test_the_interval_leaves_out_one_draw_of_forty_at_either_end(judged, num_below):
+    savings = (np.arange(NUM_DRAWS) - num_below + 0.5) / 1000
+    found = judged(np.random.default_rng(0).permutation(savings))
+    # 2.5 % of 201 draws are five of them, and a little of the sixth.
+    assert (found.low, found.median, found.high) == pytest.approx(tuple(savings[[5, 100, 195]]))
+    assert found.p_value == pytest.approx(2 * min(num_below, NUM_DRAWS - num_below) / NUM_DRAWS)
+    # One cannot say that an arm saves where the other says that it may not.
+    assert (found.p_value < 0.05) == (not found.low <= 0 <= found.high)
+    assert found.share_outside == 0
+
+
+@pytest.mark.parametrize(
+    ("saving", "worst", "best"),
+    # Dense training of twice the largest budget, of half the smallest, and no curve to read from.
+    [(1 - 1.5 / 8, np.inf, np.inf), (1 - 1.5 / 0.25, -np.inf, -np.inf), (np.nan, -np.inf, np.inf)],
+    ids=["better", "worse", "unknown"],
+)
+@pytest.mark.parametrize("num_outside", [5, 6])
+def test_draws_without_a_number_are_the_worst_or_the_best(judged, saving, worst, best, num_outside):
+    """Those of which nothing is known are both: left out, they would leave an interval of the lucky draws."""
+    inside = (1 + np.arange(NUM_DRAWS - num_outside)) / 1000
+    found = judged(np.append(inside, np.full(num_outside, saving)))
+    at_worst, at_best = (np.sort(np.append(inside, np.full(num_outside, value))) for value in (worst, best))
+    assert (found.low, found.median, found.high) == pytest.approx((at_worst[5], at_worst[100], at_best[195]))
+    assert np.isinf([found.low, found.high]).any() == (num_outside == 6)
+    assert found.share_outside == num_outside / NUM_DRAWS
+    # All that have a number are above zero.
+    assert found.p_value == pytest.approx(2 * num_outside * (worst < 0) / NUM_DRAWS)
+    assert (found.p_value < 0.05) == (found.low > 0)
+
+
 # --- the frontier of runs
 
 
@@ -209,3 +267,68 @@ def test_the_band_holds_the_curve_and_needs_seeds(tmp_path):
     assert (low < frontier.curve.loss(log_costs)).all()
     assert (frontier.curve.loss(log_costs) < high).all()
     assert fit_frontier(dense_runs(tmp_path / "b", budgets=(1, 2, 4), num_seeds=1), "flops").band(log_costs) is None
+
+
+def test_the_band_holds_what_other_seeds_would_have_given_in_95_of_100_cases(tmp_path):
+    frontier = fit_frontier(dense_runs(tmp_path, deviation=0.005), "flops")
+    log_costs = np.linspace(*frontier.log_costs, 5)
+    low, high = frontier.band(log_costs)
+    noise, rng = estimate_noise(frontier.cells, (), frontier.curve), np.random.default_rng(1)
+    others = frontier.fit(noise.draw(frontier.cells, noise.scales(2000, rng), rng))
+    losses = np.stack([others.loss(log_cost) for log_cost in log_costs], axis=1)
+    for outside in (losses < low, losses > high):
+        assert outside.mean(axis=0) == pytest.approx(np.full(5, 0.025), abs=0.015)
+
+
+def test_a_step_and_a_plateau_are_no_frontier(tmp_path):
+    """A curve goes through them, and what it says of costs between the first two budgets is made up."""
+    for index, loss in enumerate((4.0, 3.0, 3.0, 3.0)):
+        write_ledger(tmp_path / f"dense-s{index}", 2**index * REFERENCE, loss)
+    frontier = fit_frontier(find_runs([tmp_path], "val/loss")[0], "flops")
+    assert frontier_of(frontier.cells).curve.exists[0]
+    assert frontier.curve is None
+    assert "does not fall steadily" in frontier.reason
+
+
+def seeds(num, deviation, loss=3.0):
+    """A budget whose losses scatter by a known deviation around their mean."""
+    sides = np.resize([-1.0, 1.0], num)
+    return Cell(np.zeros(num), loss + (deviation * np.sqrt((num - 1) / num) * sides if num > 1 else 0 * sides))
+
+
+def test_each_run_counts_once_in_the_curve():
+    """The curve through the means of budgets of one seed and of many is the one through all of the runs."""
+    rng = np.random.default_rng(2)
+    cells = [cell(flops, loss_at(flops), num, 0.05, rng) for flops, num in zip(BUDGETS, (1, 4, 1, 9), strict=True)]
+    log_costs, losses = (np.concatenate([getattr(one, name) for one in cells]) for name in ("log_costs", "losses"))
+    through_all = fit_curves(log_costs[None], losses[None], np.ones(len(losses)))
+    assert frontier_of(cells).curve.loss(np.log(BUDGETS)) == pytest.approx(through_all.loss(np.log(BUDGETS)), abs=1e-5)
+
+
+@pytest.mark.parametrize("num_seeds", [2, 4, 16])
+def test_a_budget_may_miss_the_curve_by_three_standard_errors_of_its_mean(num_seeds):
+    cells = [seeds(num_seeds, 0.1) for _ in range(5)]
+    means = np.stack([one.mean for one in cells])
+    error = 0.1 / np.sqrt(num_seeds)
+    assert _check(cells, means, 2.9 * error * np.array([1, -1, 1, -1, 0]), "flops") == ()
+    (warning,) = _check(cells, means, 3.1 * error * np.array([0, 0, -1, 0, 0]), "flops")
+    assert f"by {-3.1 * error:+.4f}, more than seeds explain" in warning
+
+
+def test_without_seeds_a_budget_may_miss_the_curve_by_a_fiftieth_of_the_losses():
+    cells = [seeds(1, 0.0, loss) for loss in (5.0, 4.0, 3.5, 3.2, 3.0)]
+    means = np.stack([one.mean for one in cells])
+    assert _check(cells, means, np.full(5, 0.039), "flops") == ()
+    (warning,) = _check(cells, means, np.array([0, 0, 0, 0.041, 0]), "flops")
+    assert "by +0.0410, and there are no seeds to compare with" in warning
+
+
+def test_what_a_curve_misses_budgets_by_is_what_the_seeds_leave_unexplained():
+    """Of eight budgets with four seeds: three parameters took three, and the mean of four scatters by half."""
+    cells = [seeds(4, 0.02) for _ in range(8)]
+    error = 0.02 / 2
+    # The scatter alone, with as many degrees of freedom as there are, leaves nothing.
+    for residual in (0.5 * error, np.sqrt(5 / 8) * error):
+        assert _misfit(cells, np.full(8, residual)) == pytest.approx(0, abs=1e-6)
+    residuals = 2 * error * np.array([1, -1, 1, -1, 1, -1, 1, -1])
+    assert _misfit(cells, residuals) == pytest.approx(error * np.sqrt((8 * 4 - 5) / 7))
