@@ -171,6 +171,10 @@ class LitAccelCLI(LightningCLI):
             except ValueError as error:
                 parser.exit(2, f"lit-accel: {error}\n")
         super().parse_arguments(parser, args)
+        # Now: Lightning adds what a checkpoint's model was built from.
+        model = (self.config[self.config["subcommand"]] if "subcommand" in self.config else self.config).get("model")
+        given = (model or {}).get("init_args") or {}
+        self._told = {name: given[name] for name in _OF_THE_DATA if given.get(name) is not None}
 
     def _parse_ckpt_path(self) -> None:
         subcommand = self.config.get("subcommand")
@@ -207,12 +211,11 @@ class LitAccelCLI(LightningCLI):
             MisconfigurationException: If it was; the data's would be taken without a word.
         """
         super().instantiate_classes()
-        given = (self._get(self.config, "model") or {}).get("init_args") or {}
         parameters = inspect.signature(type(self.model)).parameters
-        for name in _OF_THE_DATA:
-            told, said = given.get(name), getattr(self.datamodule, name, None)
+        for name, told in self._told.items():
+            said = getattr(self.datamodule, name, None)
             is_default = name in parameters and told == parameters[name].default
-            if told is not None and said is not None and told != said and not is_default:
+            if said is not None and told != said and not is_default:
                 raise MisconfigurationException(
                     f"model.init_args.{name} is {told}, but the data has {said}, which the model takes. Leave it out, "
                     "or change the data."
