@@ -25,7 +25,7 @@ _TOP = 0.3
 # Characters of a title of theirs in a line.
 _TITLE_WIDTH = 34
 # What a saving's axis shows; what lies beyond is an arrow at its edge.
-_LEAST, _MOST, _EDGE = -0.6, 0.8, 0.02
+_LEAST, _MOST, _EDGE = -0.6, 0.9, 0.02
 
 
 def draw(evidence: Evidence, folder: Path) -> list[Path]:
@@ -96,7 +96,7 @@ def _frontier(evidence: Evidence) -> Figure:
     axes.set_xlabel("training cost, TFLOPs")
     axes.set_ylabel("held-out loss of the full model, nats")
     _style(axes)
-    _title(figure, f"Where runs end, and what they cost ({evidence.rung.title})")
+    _title(figure, f"Where runs end, and what they cost\n{evidence.rung.title}")
     figure.legend(loc="outside right center", frameon=False, fontsize=8.5)
     return figure
 
@@ -125,7 +125,7 @@ def _savings(evidence: Evidence) -> Figure:
     panels[1].plot([], [], "o", color=_GREY, label="a smaller dense model, no method")
     panels[1].plot([], [], "<", color=_GREY, label="beyond the axis, or worse than all dense runs")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    _title(figure, f"Saved against tuned dense training ({evidence.rung.title})")
+    _title(figure, f"Saved against tuned dense training\n{evidence.rung.title}")
     return figure
 
 
