@@ -22,7 +22,8 @@ Record = dict[str, Any]
 
 def origin() -> Record:
     """Return what was soaked: the commit, ``-dirty`` where the sources differ from it, and versions."""
-    return {key: provenance()[key] for key in ("commit", "versions")}
+    found = provenance()
+    return {"commit": found["commit"], "versions": found["versions"]}
 
 
 def records_of(attempt: Attempt, name: str, seed: int) -> list[Record]:
