@@ -8,6 +8,8 @@ rank.
 import math
 from typing import Literal
 
+from lit_accel.arguments import is_number
+
 Decay = Literal["linear", "cosine", "constant"]
 
 
@@ -22,14 +24,14 @@ def num_steps_of(duration: int | float, num_total_steps: int) -> int:
         The number of optimizer steps, a share rounded to the nearest one.
 
     Raises:
-        ValueError: If ``duration`` is negative, or a ``float`` above 1.
+        ValueError: If ``duration`` is no number, negative, or a ``float`` above 1.
 
     Example::
 
         >>> num_steps_of(100, num_total_steps=2000), num_steps_of(0.1, num_total_steps=2000)
         (100, 200)
     """
-    if duration < 0 or (isinstance(duration, float) and not duration <= 1):
+    if not is_number(duration) or duration < 0 or (isinstance(duration, float) and duration > 1):
         raise ValueError(
             f"A duration is a number of steps (int) or a share of the run (float in [0, 1]), got {duration!r}."
         )

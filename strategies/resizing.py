@@ -174,19 +174,33 @@ def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
     ]
 
 
+def require_same_groups(options: list[list[dict[str, Any]]], optimizers: list[Optimizer]) -> None:
+    """See that optimizers of a model of another size have as many parameter groups as those of the present one.
+
+    Args:
+        options: What :func:`group_options` returned of the present ones.
+        optimizers: Those of the other size.
+
+    Raises:
+        MisconfigurationException: If they have not.
+    """
+    new = [len(optimizer.param_groups) for optimizer in optimizers]
+    old = [len(groups) for groups in options]
+    if new != old:
+        raise MisconfigurationException(
+            f"configure_optimizers returns optimizers with {old} parameter groups at the model's present size and with "
+            f"{new} at another: their learning rates could not be carried over. Make the number of groups independent "
+            "of the model's size: group by kind of parameter, or by parts of the depth, in halves, and not by block."
+        )
+
+
 def restore_options(options: list[list[dict[str, Any]]], optimizers: list[Optimizer]) -> None:
     """Put back what :func:`group_options` returned, an entry an optimizer.
 
     Raises:
         MisconfigurationException: If the optimizers have other numbers of groups.
     """
-    new = [len(optimizer.param_groups) for optimizer in optimizers]
-    old = [len(groups) for groups in options]
-    if new != old:
-        raise MisconfigurationException(
-            f"configure_optimizers returned optimizers with {old} parameter groups before the resize and {new} after "
-            "it, so their learning rates cannot be carried over. Make the grouping independent of the model's size."
-        )
+    require_same_groups(options, optimizers)
     for optimizer, groups in zip(optimizers, options, strict=True):
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
             group.update(saved)

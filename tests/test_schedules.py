@@ -60,7 +60,7 @@ def test_a_share_is_a_share_and_a_count_a_count(share, num_total_steps):
     assert num_steps_of(num_total_steps, 17) == num_total_steps
 
 
-@pytest.mark.parametrize("duration", [-1, -0.1, 1.5, math.nan, math.inf])
+@pytest.mark.parametrize("duration", [-1, -0.1, 1.5, math.nan, math.inf, True, "10%"])
 def test_impossible_durations_are_refused(duration):
     with pytest.raises(ValueError, match="duration"):
         num_steps_of(duration, 100)

@@ -283,22 +283,6 @@ def test_communication_hooks_with_a_state():
         ResizableDDPStrategy(ddp_comm_state=object())
 
 
-def test_an_optimizer_that_was_bound_once(tmp_path):
-    """What LightningCLI does by default: the old optimizer is returned for ever."""
-
-    class Bound(TinyModule):
-        def configure_optimizers(self):
-            if not hasattr(self, "_bound"):
-                self._bound = torch.optim.SGD(self.parameters(), lr=0.1)
-            return self._bound
-
-    trainer = make_trainer(
-        tmp_path, callbacks=[MultiLevelTraining(phases=[Phase(0, 2), Phase(1, 4), Phase(0)])], max_steps=10
-    )
-    with pytest.raises(MisconfigurationException, match="auto_configure_optimizers=False"):
-        trainer.fit(Bound(), loader())
-
-
 class ScaledGPT2(GPT2LMHeadModel):
     """With an argument that its configuration does not know."""
 

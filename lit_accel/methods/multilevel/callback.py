@@ -46,6 +46,7 @@ from lit_accel.methods.multilevel.refusals import (
     check_optimizers,
     check_trainer,
 )
+from lit_accel.methods.multilevel.rehearsal import rehearse_optimizers
 from lit_accel.methods.multilevel.replaced import ReplacedModel
 from lit_accel.methods.multilevel.stored import StoredLevels
 from lit_accel.methods.preparation import prepare_run
@@ -264,6 +265,12 @@ class MultiLevelTraining(PlannedLevels):
             learning_rate=self.learning_rate,
             changes_lr=self._changes_lr,
         )
+        # A resumed run has been through it. Where checkpoints are loaded later, the model is sharded by now: another
+        # size could only be built from a gathered copy.
+        if not (self.is_neutral or self._loaded_rules or trainer.strategy.restore_checkpoint_after_setup):
+            level = self._present_level(pl_module)
+            step = self.maps[max(level - 1, 0)]
+            rehearse_optimizers(trainer, pl_module, self._path, (step.large if level else step.small).size)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the level that a checkpoint was written at, and the learning rate of the first step."""
