@@ -59,6 +59,7 @@ measure: $(STAMP)  ## what steps and transitions cost, measured anew, and first 
 	$(BIN)/python -m scripts.measure_token_dropping
 	$(BIN)/python -m scripts.measure_mixed_sparsity
 	$(BIN)/python -m scripts.measure_plan
+	$(BIN)/python -m scripts.measure_models
 	$(BIN)/python -m scripts.compare_layer_dropping
 	$(BIN)/python -m scripts.compare_token_dropping
 	$(BIN)/python -m scripts.compare_mixed_sparsity
