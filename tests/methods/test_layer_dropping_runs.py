@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
+from torchmetrics import CatMetric, MeanMetric, MetricCollection, SumMetric
 from transformers import BatchEncoding
 
 from lit_accel import (
@@ -314,6 +315,29 @@ def test_measuring_leaves_buffers_as_they_were(tmp_path):
     for loss in module.seen:
         mean = 0.5 * mean + 0.5 * loss
     assert module.mean.item() == pytest.approx(mean, rel=1e-5)
+
+
+def test_measuring_leaves_metrics_as_they_were(tmp_path):
+    class Scored(Indexed):
+        def __init__(self):
+            super().__init__()
+            self.mean = MeanMetric()
+            self.several = MetricCollection({"mean": MeanMetric(), "sum": SumMetric(), "all": CatMetric()})
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.mean.update(loss.detach())
+            self.several.update(loss.detach())
+            return loss
+
+    method = METHODS["ablate"]()
+    module, _ = run(tmp_path, [method], module=Scored())
+    assert len(method.history.measured_at) == 3
+    assert len(module.seen) == module.mean.update_count == STEPS
+    assert module.mean.compute().item() == pytest.approx(sum(module.seen) / STEPS, rel=1e-5)
+    several = module.several.compute()
+    assert several["all"].tolist() == pytest.approx(module.seen, rel=1e-5)
+    assert several["sum"].item() == pytest.approx(sum(module.seen), rel=1e-5)
 
 
 def test_a_second_fit_goes_on_with_the_protected_blocks(tmp_path):

@@ -1,13 +1,16 @@
-"""What the first change of size would find wrong with the optimizers is found before training, which loses nothing."""
+"""What the first change of size would find wrong with a module is found before training, which loses nothing."""
 
 from __future__ import annotations
 
+import lightning.pytorch as L
 import pytest
 import torch
+import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torchmetrics.classification import MulticlassAccuracy
 
 from lit_accel import Level, MultiLevelTraining, Phase
-from tests.training import TinyModule, loader, make_trainer
+from tests.training import SIZE, TinyModule, loader, make_trainer
 
 CYCLE = [Phase(0, 2), Phase(1, 4), Phase(0)]
 
@@ -123,3 +126,85 @@ def test_growth_is_rehearsed_too(tmp_path):
     with pytest.raises(MisconfigurationException, match="parameter groups"):
         trainer.fit(module, loader())
     assert module.losses == []
+
+
+class OwnHead(L.LightningModule):
+    """A model without a head and one of the user's own, as most modules for fine-tuning have it."""
+
+    def __init__(self, is_wide: bool = True) -> None:
+        super().__init__()
+        config = transformers.BertConfig(
+            vocab_size=SIZE["vocab"],
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=128,
+            max_position_embeddings=16,
+            hidden_dropout_prob=0.3,
+        )
+        self.bert = transformers.BertModel(config, add_pooling_layer=False).train()
+        # Of 32 features each: those of the hidden states, or of something else that has as many.
+        self.head = torch.nn.Linear(32, 3)
+        self.is_wide = is_wide
+        self.accuracy = MulticlassAccuracy(3, average="micro")
+        self.losses, self.logged = [], []
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.bert(input_ids=batch).last_hidden_state[:, 0]
+        features = hidden if self.is_wide else hidden.mean(-1, keepdim=True).expand(-1, 32)
+        logits, labels = self.head(features), batch[:, 0] % 3
+        self.accuracy(logits, labels)
+        self.log("train/accuracy", self.accuracy, on_epoch=True)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def test_a_head_of_the_users_own_is_refused_with_the_first_batch(tmp_path):
+    module = OwnHead()
+    net, weights = module.bert, {name: value.clone() for name, value in module.state_dict().items()}
+    with (
+        pytest.warns(UserWarning, match="head.weight .* lies outside of bert"),
+        pytest.raises(MisconfigurationException, match="AutoModelForSequenceClassification, or width 1 in every level"),
+    ):
+        fit(tmp_path, module)
+    assert module.trainer.global_step == 0
+    assert module.bert is net
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_another_depth_suits_it(tmp_path):
+    module = OwnHead()
+    callback = MultiLevelTraining([Level(width=1, depth=2)], CYCLE)
+    make_trainer(tmp_path, callbacks=[callback], max_steps=10).fit(module, loader())
+    assert len(module.losses) == 10
+
+
+def test_what_has_as_many_features_by_chance_is_trained_as_if_nobody_had_looked(tmp_path, monkeypatch):
+    trained = []
+    for looks in (True, False):
+        torch.manual_seed(5)
+        module = OwnHead(is_wide=False)
+        if not looks:
+            monkeypatch.setattr(MultiLevelTraining, "_rehearse_step", lambda *_: None)
+        trainer = fit(tmp_path, module, max_steps=10)
+        trained.append((module, module.losses[-10:], trainer.callback_metrics["train/accuracy_epoch"]))
+        # The step has its own list, which sees every call.
+        assert len(module.losses) == 10 + looks
+    (first, *told), (second, *others) = trained
+    assert told == others
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_a_step_that_fails_at_any_size_says_so_itself(tmp_path):
+    class Broken(OwnHead):
+        def training_step(self, batch, batch_idx):
+            raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        fit(tmp_path, Broken())

@@ -9,6 +9,7 @@ import lightning.pytorch as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
 
 from lit_accel.anatomy import (
@@ -46,7 +47,7 @@ from lit_accel.methods.multilevel.refusals import (
     check_optimizers,
     check_trainer,
 )
-from lit_accel.methods.multilevel.rehearsal import rehearse_optimizers
+from lit_accel.methods.multilevel.rehearsal import rehearse_optimizers, rehearse_training_step
 from lit_accel.methods.multilevel.replaced import ReplacedModel
 from lit_accel.methods.multilevel.stored import StoredLevels
 from lit_accel.methods.preparation import prepare_run
@@ -182,6 +183,7 @@ class MultiLevelTraining(PlannedLevels):
         self._path = ""
         self._level = 0
         self._replaced = ReplacedModel()
+        self._dependent: list[str] = []
         self._given_size: Size | None = None
         self._loaded_rules: dict[str, Any] = {}
         self._start_size: Size | None = None
@@ -234,7 +236,7 @@ class MultiLevelTraining(PlannedLevels):
 
     def _check_levels(self, pl_module: L.LightningModule) -> None:
         transformer = find_transformer(pl_module)[1]
-        check_model(pl_module, self._path, transformer, anatomy_of(transformer), self.maps)
+        self._dependent = check_model(pl_module, self._path, transformer, anatomy_of(transformer), self.maps)
 
     def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the length of the run, and refuse what does not fit it."""
@@ -335,10 +337,24 @@ class MultiLevelTraining(PlannedLevels):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Go to the level that the schedule wants for the coming optimizer step."""
+        if self._dependent:
+            self._dependent = []
+            self._rehearse_step(trainer, pl_module, batch, batch_idx)
         wanted = self.schedule[phase_at(self.schedule, trainer.global_step)].level
         while self._level != wanted:
             self._change_level(trainer, pl_module, self._level + (1 if wanted > self._level else -1))
         pl_module.log("multilevel/level", float(self._level), batch_size=1)
+
+    def _rehearse_step(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Try the first batch on a model of another width, where what lies outside of it may not fit that."""
+        steps_itself = not pl_module.automatic_optimization
+        takes_iterator = is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)
+        if self.is_neutral or steps_itself or takes_iterator or trainer.strategy.restore_checkpoint_after_setup:
+            return
+        smallest = self.maps[-1].small.size
+        is_smallest = anatomy_of(find_transformer(pl_module)[1]).size == smallest
+        size = self.maps[0].large.size if is_smallest else smallest
+        rehearse_training_step(trainer, pl_module, self._path, size, batch, batch_idx)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

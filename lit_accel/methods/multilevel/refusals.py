@@ -34,7 +34,7 @@ _INCOMPATIBLE: dict[type, str] = {
 
 def check_model(
     pl_module: L.LightningModule, path: str, transformer: nn.Module, anatomy: Anatomy, maps: list[LevelMap]
-) -> None:
+) -> list[str]:
     """Check that a transformer can be resized where it is.
 
     Args:
@@ -43,6 +43,10 @@ def check_model(
         transformer: The transformer.
         anatomy: Its anatomy.
         maps: The maps between its levels.
+
+    Returns:
+        The parameters outside of the transformer that may depend on its width, so that the training step may fail with
+        a narrower one; they are warned of.
 
     Raises:
         AnatomyError: If it cannot be built at the size of a level, or is frozen in part.
@@ -56,6 +60,7 @@ def check_model(
     outside = [
         (name, p) for name, p in pl_module.named_parameters(remove_duplicate=False) if not name.startswith(prefix)
     ]
+    widths, dependent = _narrowed_widths(maps), []
     for name, parameter in outside:
         if id(parameter) in inside:
             raise MisconfigurationException(
@@ -63,8 +68,8 @@ def check_model(
                 f"{path} and would untie it from what is outside. Use the model's own class with a "
                 "tied head, such as GPT2LMHeadModel."
             )
-        widths = _narrowed_widths(maps)
         if width := widths & set(parameter.shape):
+            dependent.append(name)
             rank_zero_warn(
                 f"{name} {tuple(parameter.shape)} lies outside of {path} and may be as wide as its "
                 f"hidden states ({width.pop()}), which become narrower. It is not resized: use the model's own "
@@ -82,6 +87,7 @@ def check_model(
             "A resize keeps only what lit_accel.anatomy.compile_blocks(model, ...) has compiled: another "
             "compilation of the model or its blocks, or its options, would be lost."
         )
+    return dependent
 
 
 def _narrowed_widths(maps: list[LevelMap]) -> set[int]:
