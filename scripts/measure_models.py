@@ -17,6 +17,7 @@ stopped goes on.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import math
@@ -271,6 +272,8 @@ def main() -> None:
             for arm in names:
                 with console.status(f"round {number + 1} of {arguments.rounds}: {model.name}, {arm}"):
                     measured[arm] = train(model, arm, num_steps, batch_size)
+                # A Trainer and its module refer to each other, and ten models would not fit.
+                gc.collect()
             arms = {arm: measured[arm] for arm in ARMS}
             row = {"model": model.name, "num_steps": num_steps, "batch_size": batch_size, "arms": arms, **here}
             with RESULTS.open("a") as file:
