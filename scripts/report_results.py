@@ -18,7 +18,7 @@ from scripts import compare_layer_dropping as layer_dropping
 from scripts import compare_mixed_sparsity as mixed_sparsity
 from scripts import compare_token_dropping as token_dropping
 from scripts import compare_vision as vision
-from scripts import composition_tables, measure_plan, versions
+from scripts import composition_tables, draw_models, measure_models, measure_plan, versions
 from scripts.bench import report as bench
 from scripts.compare_presets import CHOICES, CHOICES_LR, DEFAULT, SETUPS, VARIANTS, read_results
 from scripts.comparison import Comparison
@@ -435,6 +435,7 @@ def main() -> None:
             "facts": composition_tables.facts_table(),
             "pairs": composition_tables.pairs_table(),
         },
+        ROOT / "docs/results/README.md": {"results:models": measure_models.table(measure_models.read_rows())},
         ROOT / "docs/plan_and_report.md": {"results:plan": plan_table()},
         ROOT / "docs/robustness.md": {
             "results:soak": "\n\n".join([soak.kills_table(), soak.memory_table()]),
@@ -450,6 +451,7 @@ def main() -> None:
             sys.exit(f"{path.relative_to(ROOT)} is not what the result files give. Run: make bench-report")
     if not check:
         bench.draw()
+        draw_models.draw(measure_models.read_rows(), draw_models.PICTURE)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from matplotlib.image import imread
 
 from lit_accel.tasks import CausalLM
-from scripts import measure_models
+from scripts import draw_models, measure_models
 from scripts.timed_gpt import KEEP_MEMORY
 
 SMALL = {"n_layer": 12, "n_embd": 48, "n_head": 12, "vocab_size": 50, "n_positions": 32}
@@ -79,3 +80,12 @@ def test_the_table_says_what_the_rows_do(rounds):
     assert changes == ""
     assert "V-cycle" in text
     assert measure_models.table([]) == ""
+
+
+def test_the_picture_has_a_panel_a_model(rounds, tmp_path):
+    other = [{**row, "model": "another"} for row in rounds[2]]
+    draw_models.draw(rounds[2] + other, tmp_path / "both.png")
+    draw_models.draw(rounds[2], tmp_path / "one.png")
+    heights, widths = zip(*(imread(tmp_path / f"{name}.png").shape[:2] for name in ("both", "one")), strict=True)
+    assert heights[0] == heights[1]
+    assert widths[0] > widths[1]
