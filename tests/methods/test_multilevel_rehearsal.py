@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_accel import Level, MultiLevelTraining, Phase
+from lit_accel.planning import plan
 from tests.training import SIZE, TinyModule, loader, make_trainer
 
 CYCLE = [Phase(0, 2), Phase(1, 4), Phase(0)]
@@ -208,3 +209,15 @@ def test_a_step_that_fails_at_any_size_says_so_itself(tmp_path):
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         fit(tmp_path, Broken())
+
+
+def test_a_plan_refuses_what_a_run_would(tmp_path):
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return loader()
+
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=CYCLE)], max_steps=10, max_epochs=-1)
+    with torch.device("meta"):
+        module = Layerwise()
+    with pytest.raises(MisconfigurationException, match="number of groups"):
+        plan(trainer, module, Data())

@@ -86,12 +86,8 @@ def _failure(module: L.LightningModule, batch: Any, batch_idx: int) -> Exception
 def _of_other_size(trainer: L.Trainer, module: L.LightningModule, path: str, size: Size) -> Iterator[None]:
     """Put a model of another size into the module, without weights; then all of its attributes are what they were."""
     attributes, transformer = dict(vars(module)), module.get_submodule(path)
-    strategy = trainer.strategy
-    with (
-        strategy.tensor_init_context(),
-        strategy.model_sharded_context(),
-        strategy.precision_plugin.module_init_context(),
-    ):
+    # Not the strategy's device: where a run is planned, the model has none.
+    with next(transformer.parameters()).device, trainer.precision_plugin.module_init_context():
         other = build_resized(transformer, anatomy_of(transformer), size)
     replace_transformer(module, path, other)
     try:
