@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from lit_accel.report.axes import COLOURS
-from scripts.measure_models import ARMS, DENSE, device_of, read_rows
+from scripts.measure_models import ARMS, DENSE, measured, read_rows
 
 PICTURE = Path(__file__).parents[1] / "docs" / "results" / "models.png"
 _COLUMNS = 3
@@ -27,7 +27,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         rows: The rounds that were measured.
         path: The picture.
     """
-    panels = list(dict.fromkeys((row["model"], device_of(row)) for row in rows))
+    panels = measured(rows)
     methods = [arm for arm in ARMS if arm != DENSE]
     columns = min(len(panels), _COLUMNS)
     lines = math.ceil(len(panels) / columns)
@@ -35,8 +35,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     all_axes = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
     for unused in all_axes[len(panels) :]:
         unused.set_axis_off()
-    for axes, (model, device) in zip(all_axes, panels, strict=False):
-        rounds = [row["arms"] for row in rows if (row["model"], device_of(row)) == (model, device)]
+    for axes, ((model, device), of_panel) in zip(all_axes, panels.items(), strict=False):
+        rounds = [row["arms"] for row in of_panel]
         for place, arm in enumerate(methods):
             flops = statistics.mean(arms[arm]["flops"] / arms[arm]["dense_flops"] for arms in rounds)
             ratios = [arms[arm]["seconds"] / arms[DENSE]["seconds"] for arms in rounds]

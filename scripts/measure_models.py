@@ -26,7 +26,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,6 +211,15 @@ def device_of(row: dict[str, Any]) -> str:
     return where["gpu"] or f"{where['threads']} thread{'s' * (where['threads'] > 1)} of an {where['processor']}"
 
 
+def measured(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Return rounds by model and device, in the order of :data:`MODELS`."""
+    names = [model.name for model in MODELS]
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: names.index(row["model"])):
+        found.setdefault((row["model"], device_of(row)), []).append(row)
+    return found
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Return what was measured, a table a model and device: medians over rounds, and their range.
 
@@ -218,8 +227,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         rows: The rounds.
     """
     parts = []
-    for model, device in dict.fromkeys((row["model"], device_of(row)) for row in rows):
-        rounds = [row for row in rows if (row["model"], device_of(row)) == (model, device)]
+    for (model, device), rounds in measured(rows).items():
         first = rounds[0]
         step = statistics.median(row["arms"][DENSE]["seconds"] / (row["num_steps"] - 1) for row in rounds)
         number = "one round" if len(rounds) == 1 else f"{len(rounds)} rounds"
@@ -238,11 +246,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _line(arm: str, rounds: list[dict[str, Any]], step: float) -> str:
     flops = statistics.mean(arms[arm]["flops"] / arms[arm]["dense_flops"] for arms in rounds)
     ratios = sorted(arms[arm]["seconds"] / arms[DENSE]["seconds"] for arms in rounds)
-    ratio = statistics.median(ratios)
-    spread = f" ({ratios[0]:.2f} to {ratios[-1]:.2f})" if len(ratios) > 1 else ""
+    seconds = _with_range(ratios)
+    share = _with_range(sorted(math.log(ratio) / math.log(flops) for ratio in ratios))
     changes = zip(*(arms[arm]["resize_seconds"] for arms in rounds), strict=True)
-    resizes = ", ".join(f"{statistics.median(seconds) / step:.2f}" for seconds in changes)
-    return f"| {arm} | {flops:.3f} | {ratio:.2f}{spread} | {math.log(ratio) / math.log(flops):.2f} | {resizes} |"
+    resizes = ", ".join(f"{statistics.median(change) / step:.2f}" for change in changes)
+    return f"| {arm} | {flops:.3f} | {seconds} | {share} | {resizes} |"
+
+
+def _with_range(values: list[float]) -> str:
+    """Return the median of ascending values, and from where to where they go."""
+    spread = f" ({values[0]:.2f} to {values[-1]:.2f})" if len(values) > 1 else ""
+    return f"{statistics.median(values):.2f}{spread}"
 
 
 def main() -> None:
@@ -268,13 +282,13 @@ def main() -> None:
             if batch_size is None or len(done) > number:
                 continue
             names = list(ARMS) if number % 2 == 0 else list(ARMS)[::-1]
-            measured = {}
+            results = {}
             for arm in names:
                 with console.status(f"round {number + 1} of {arguments.rounds}: {model.name}, {arm}"):
-                    measured[arm] = train(model, arm, num_steps, batch_size)
+                    results[arm] = train(model, arm, num_steps, batch_size)
                 # A Trainer and its module refer to each other, and ten models would not fit.
                 gc.collect()
-            arms = {arm: measured[arm] for arm in ARMS}
+            arms = {arm: results[arm] for arm in ARMS}
             row = {"model": model.name, "num_steps": num_steps, "batch_size": batch_size, "arms": arms, **here}
             with RESULTS.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.image import imread
@@ -65,25 +67,31 @@ def test_flops_are_those_of_the_steps_that_are_timed(rounds):
     assert step == int(step)
 
 
-def test_the_table_says_what_the_rows_do(rounds):
+def test_the_table_says_what_the_rows_do(rounds, monkeypatch):
+    monkeypatch.setattr(measure_models, "MODELS", [SimpleNamespace(name="small")])
     rows = rounds[2]
     text = measure_models.table(rows)
     assert "**small**: 20 steps of 2, 2 rounds" in text
     cells = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| PLD |")
     ]
-    ((_, flops, seconds, _, changes),) = cells
+    ((_, flops, seconds, share, changes),) = cells
     arm = rows[0]["arms"]["PLD"]
     ratios = sorted(row["arms"]["PLD"]["seconds"] / row["arms"]["dense"]["seconds"] for row in rows)
     assert flops == f"{arm['flops'] / arm['dense_flops']:.3f}"
     assert seconds == f"{sum(ratios) / 2:.2f} ({ratios[0]:.2f} to {ratios[1]:.2f})"
+    shares = sorted(math.log(ratio) / math.log(arm["flops"] / arm["dense_flops"]) for ratio in ratios)
+    assert share == f"{sum(shares) / 2:.2f} ({shares[0]:.2f} to {shares[1]:.2f})"
     assert changes == ""
     assert "V-cycle" in text
     assert measure_models.table([]) == ""
 
 
-def test_the_picture_has_a_panel_a_model(rounds, tmp_path):
+def test_the_picture_has_a_panel_a_model(rounds, tmp_path, monkeypatch):
+    names = [SimpleNamespace(name=name) for name in ("another", "small")]
+    monkeypatch.setattr(measure_models, "MODELS", names)
     other = [{**row, "model": "another"} for row in rounds[2]]
+    assert [model for model, _ in measure_models.measured(rounds[2] + other)] == ["another", "small"]
     draw_models.draw(rounds[2] + other, tmp_path / "both.png")
     draw_models.draw(rounds[2], tmp_path / "one.png")
     heights, widths = zip(*(imread(tmp_path / f"{name}.png").shape[:2] for name in ("both", "one")), strict=True)
