@@ -196,11 +196,12 @@ class Study:
         """Return an arm's best learning rate in parts of the dense one at the budget of all tunings."""
         if arm.role == "dense" or arm.lr_of == DENSE_RATES:
             return 1.0
+        power = 1.0
         if arm.lr_of == SMALLER_RATES:
-            arm = self.smaller_tuned
+            power, arm = self._way_from_full(arm), self.smaller_tuned
         budget = self.rung.tuned_budgets[0]
         own, dense = self.tuned(arm, budget), self.tuned(DENSE, budget)
-        return None if own is None or dense is None else own / dense
+        return None if own is None or dense is None else (own / dense) ** power
 
     def share(self, arm: Arm, budget: float) -> float | None:
         """Return what an arm costs in parts of a dense run of as many steps, once all its seeds are in the log."""
@@ -225,6 +226,13 @@ class Study:
             return None
         small, full = (mean(row["flops"] for row in rows) for rows in trials)
         return (1 - small / full) / (self._num_blocks - _SMALLER_TUNED)
+
+    def _way_from_full(self, arm: Arm) -> float:
+        """Return how far a smaller model is from the full one, in parts of the way to the tuned one, and at most 1."""
+        if not self.rung.rates_by_depth:
+            return 1.0
+        full = self._num_blocks
+        return min(1.0, math.log(full / arm.changes[self.rung.depth]) / math.log(full / _SMALLER_TUNED))
 
     @property
     def _num_blocks(self) -> int:

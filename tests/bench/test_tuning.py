@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.bench.study import EXTENSIONS, GRID, RUNGS
+from scripts.bench.jobs import Study, smaller
+from scripts.bench.study import BERT, EXTENSIONS, GPT, GRID, RUNGS
 from scripts.bench.tuning import best_rate, between, is_interior, next_trial
 
 
@@ -74,3 +75,18 @@ def test_a_trial_that_diverged_is_a_neighbour_too():
     losses[8e-3] = losses[16e-3] = math.inf
     assert next_trial(losses) is None
     assert best_rate(losses) == pytest.approx(4e-3 / 2**0.5, rel=0.006)
+
+
+@given(st.floats(1e-4, 1e-1), st.floats(-3, 3))
+def test_rates_of_smaller_models_follow_a_power_law_in_depth_down_to_the_tuned_one(dense, power):
+    class Tuned(Study):
+        def tuned(self, arm, budget):
+            depth = arm.changes.get(self.rung.depth, 8)
+            assert depth in (5, 8)
+            return dense * (depth / 8) ** power
+
+    bert, gpt = (Tuned(rung, []) for rung in (BERT, GPT))
+    for depth in range(1, 9):
+        rate = bert.learning_rate(smaller(BERT, depth), 1.0)
+        assert rate == pytest.approx(dense * (max(depth, 5) / 8) ** power, rel=0.006)
+        assert gpt.learning_rate(smaller(GPT, depth), 1.0) == gpt.learning_rate(smaller(GPT, 5), 1.0)
