@@ -307,8 +307,8 @@ BERT = Rung(
     ),
     unit_steps=1080,
     # Amended on 2026-11-23, after results had been read: runs of the half have not left the plateau. See the protocol.
-    dense_budgets=(0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
-    fitted_budgets=(0.75, 1.0, 1.5, 2.0),
+    dense_budgets=(0.25, 0.5, 0.75, 1.0, 1.4, 2.0),
+    fitted_budgets=(0.75, 1.0, 1.4, 2.0),
     budgets=(1.0,),
     tuned_budgets=(1.0, 0.5, 0.25, 2.0),
     samples_per_step=64,
