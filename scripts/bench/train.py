@@ -50,6 +50,9 @@ class Job:
         lr: Peak learning rate.
         seed: Of the initialisation and of the order of the data.
         curve: Whether the held-out loss is measured on the way, too.
+
+    Raises:
+        ValueError: If the held-out loss is measured on the way, and the evaluations do not divide the steps.
     """
 
     rung: Rung
@@ -60,6 +63,11 @@ class Job:
     lr: float
     seed: int
     curve: bool = False
+
+    def __post_init__(self) -> None:
+        # Here, so that a registry is refused and not a run in the middle of a study.
+        if self.curve and self.num_steps % _CURVE_POINTS:
+            raise ValueError(f"{self.key} has {self.num_steps} steps, which {_CURVE_POINTS} evaluations do not divide.")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -92,8 +100,6 @@ def run_job(job: Job, commit: str) -> dict[str, Any]:
         job: The run.
         commit: What this process has imported.
     """
-    if job.curve and job.num_steps % _CURVE_POINTS:
-        raise ValueError(f"{job.key} has {job.num_steps} steps, which {_CURVE_POINTS} evaluations do not divide.")
     torch.set_num_threads(1)
     before = reference_step(job.rung)
     L.seed_everything(job.seed, verbose=False)

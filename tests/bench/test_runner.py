@@ -67,6 +67,12 @@ def test_a_run_that_is_made_anew_ends_bitwise_where_it_would_have():
     assert one["tokens"] == 60 * small_study.SMALL.tokens_per_step
 
 
+def test_steps_that_evaluations_do_not_divide_are_refused_before_anything_runs():
+    Job(GPT, DENSE, "report", 1.5, 1624, 4e-3, 0, curve=True)
+    with pytest.raises(ValueError, match="1620 steps, which 8 evaluations do not divide"):
+        Job(GPT, DENSE, "report", 1.5, 1620, 4e-3, 0, curve=True)
+
+
 def test_other_data_than_those_of_the_log_are_refused_before_anything_runs():
     data = data_of(GPT, 0)
     data.prepare_data()
