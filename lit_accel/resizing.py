@@ -68,6 +68,11 @@ def replace_transformer(module: nn.Module, path: str, transformer: nn.Module) ->
     if (said := _said(module)) is not None:
         said.transformer = transformer
     parent, _, name = path.rpartition(".")
+    # A model around it, with a head of another kind, has the same configuration, and is saved with it.
+    if (former := getattr(module.get_submodule(path), "config", None)) is not None:
+        for around in (module, *(module.get_submodule(path[:end]) for end, sign in enumerate(path) if sign == ".")):
+            if getattr(around, "config", None) is former:
+                around.config = transformer.config
     module.get_submodule(parent).register_module(name, transformer)
 
 

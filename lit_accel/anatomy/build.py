@@ -101,12 +101,9 @@ def build_resized(model: nn.Module, anatomy: Anatomy, size: Size) -> nn.Module:
         source = old_parameters[name if new_block is None else f"{first_path[new_block.stage]}.{local}"]
         parameter.data = parameter.data.to(device=source.device, dtype=source.dtype)
         parameter.requires_grad_(source.requires_grad)
-    device = next(iter(old_parameters.values())).device
-    for module in resized.modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = buffer.to(device)
+    _copy_buffers(model, resized, device=next(iter(old_parameters.values())).device)
     _copy_checkpointing(model, resized)
+    _copy_input_gradients(model, resized)
     for new in target.blocks:
         old_module = model.get_submodule(first_path[new.stage])
         if is_compiled(old_module):
@@ -172,7 +169,8 @@ def lost_in_resize(model: nn.Module, anatomy: Anatomy) -> list[str]:
         anatomy: Its anatomy.
 
     Returns:
-        A phrase for each forward hook, module of another class and number, string or flag that is set otherwise.
+        A phrase for each forward hook, module of another class, function that was put onto a module, and number, string
+        or flag that is set otherwise.
     """
     with torch.device("meta"):
         built = build_without_init(lambda: anatomy.build(model, anatomy.size))
@@ -191,8 +189,13 @@ def lost_in_resize(model: nn.Module, anatomy: Anatomy) -> list[str]:
                 lost.append(f"{where} as {type(module).__name__}")
             continue
         for name, value in vars(module).items():
-            if not _is_carried(name) and isinstance(value, (bool, int, float, str)) and vars(new).get(name) != value:
+            if _is_carried(name):
+                continue
+            if isinstance(value, (bool, int, float, str)) and vars(new).get(name) != value:
                 lost.append(f"{name}={value!r} of {where}")
+            # A function compares with none of its kind; one that classes or constructors give is in the new one, too.
+            if callable(value) and name not in vars(new):
+                lost.append(f"{name} of {where}")
     return lost
 
 
@@ -217,6 +220,32 @@ def require_blocks_alike(model: nn.Module, anatomy: Anatomy) -> None:
                     f"{block.path}.{local} and {path}.{local} differ in requires_grad. A model whose blocks are frozen "
                     "in part cannot be resized: freeze the same parameters in every block."
                 )
+
+
+def _copy_buffers(old: nn.Module, new: nn.Module, device: torch.device) -> None:
+    """Carry buffers over, as far as they do not depend on the size: in another precision they are others."""
+    old_buffers = dict(old.named_buffers())
+    for path, module in new.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            source = old_buffers.get(f"{path}.{key}" if path else key)
+            if source is not None and source.shape == buffer.shape:
+                module._buffers[key] = source.detach().clone()
+            else:
+                module._buffers[key] = buffer.to(device)
+
+
+def _copy_input_gradients(old: nn.Module, new: nn.Module) -> None:
+    """Carry over that embeddings pass gradients on though they are frozen, without which checkpoints have none."""
+    if any(_passes_gradients(hook) for module in old.modules() for hook in module._forward_hooks.values()):
+        new.enable_input_require_grads()  # type: ignore[operator]
+
+
+def _passes_gradients(hook: Any) -> bool:
+    """Whether a hook is what Hugging Face's ``enable_input_require_grads`` hangs onto embeddings."""
+    is_theirs = getattr(hook, "__module__", "").partition(".")[0] == "transformers"
+    return is_theirs and getattr(hook, "__name__", "") == "make_inputs_require_grads"
 
 
 def _copy_checkpointing(old: nn.Module, new: nn.Module) -> None:
@@ -248,9 +277,20 @@ def _is_probability(value: Any) -> bool:
 
 
 def uses_activation_checkpointing(model: nn.Module) -> bool:
-    """Whether the blocks of a model recompute their activations in the backward pass."""
-    return any(
-        getattr(module, name, False)
-        for module in model.modules()
-        for name in ("gradient_checkpointing", "grad_checkpointing")
-    )
+    """Whether the blocks of a model recompute their activations in the backward pass.
+
+    Raises:
+        AnatomyError: If some do and others of their kind do not.
+    """
+    chosen: dict[type, set[bool]] = {}
+    for module in model.modules():
+        for name in ("gradient_checkpointing", "grad_checkpointing"):
+            if hasattr(module, name):
+                chosen.setdefault(type(module), set()).add(bool(getattr(module, name)))
+    if in_part := [kind.__name__ for kind, flags in chosen.items() if len(flags) > 1]:
+        raise AnatomyError(
+            f"Some {in_part[0]} of this {type(model).__name__} recompute their activations and others do not. What "
+            "that costs cannot be counted, nor can it be carried over to another depth: recompute those of all blocks "
+            "(every_n_layers=1) or of none."
+        )
+    return any(flags == {True} for flags in chosen.values())

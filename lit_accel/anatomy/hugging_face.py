@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -151,6 +152,9 @@ class HuggingFaceFamily:
         generation_config = getattr(model, "generation_config", None)
         if generation_config is not None:
             resized.generation_config = copy.deepcopy(generation_config)
+        # What is set with `model.loss_function = ...`.
+        if "_loss_function" in vars(model):
+            resized._loss_function = vars(model)["_loss_function"]
         return resized
 
 
@@ -178,10 +182,13 @@ def is_causal(config: Any) -> bool:
 
 def _input_shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
     inputs = kwargs.get("input_ids")
-    if inputs is None:
-        inputs = kwargs.get("inputs_embeds")
     if inputs is None and args:
         inputs = args[0]
-    if inputs is None:
+    if inputs is not None:
+        shape = inputs.shape
+    elif (embeds := kwargs.get("inputs_embeds")) is not None:
+        shape = embeds.shape[:-1]
+    else:
         raise AnatomyError("The forward call had neither input_ids nor inputs_embeds: its tokens cannot be counted.")
-    return inputs.shape[0], inputs.shape[1]
+    # GPT-2 takes several sequences a sample, of the choices of a question say, and runs them as one batch.
+    return math.prod(shape[:-1]), shape[-1]

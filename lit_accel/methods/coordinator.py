@@ -410,6 +410,8 @@ def workload_of(trainer: L.Trainer, module: L.LightningModule, methods: Sequence
     """
     data = getattr(trainer, "datamodule", None)
     transformer = find_transformer(module)[1]
+    # First: it refuses what cannot be counted.
+    recomputes = transformer.training and uses_activation_checkpointing(transformer)
     given = [getattr(method, "num_tokens", None) for method in methods]
     num_tokens = (
         next((num for num in given if num), None)
@@ -424,7 +426,7 @@ def workload_of(trainer: L.Trainer, module: L.LightningModule, methods: Sequence
         num_tokens=num_tokens,
         num_micro_batches=trainer.accumulate_grad_batches * trainer.world_size,
         num_merged=merged_batches(methods),
-        activation_checkpointing=transformer.training and uses_activation_checkpointing(transformer),
+        activation_checkpointing=recomputes,
     )
 
 

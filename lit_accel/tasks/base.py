@@ -5,15 +5,16 @@ Shapes: b batch, t tokens, v vocab.
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_accel.tasks.cross_entropy import cross_entropy_sum
 from lit_accel.tasks.data_fit import check_text, check_text_batch
-from lit_accel.tasks.hugging_face import build_transformer
+from lit_accel.tasks.hugging_face import build_transformer, take_special_tokens, takes_weights
 from lit_accel.tasks.metrics import SampleMean, TokenPerplexity
 from lit_accel.tasks.transformer_task import TransformerTask
 
@@ -92,7 +93,7 @@ class LanguageModeling(TransformerTask):
         self._held_out = nn.ModuleDict({"val": _held_out_metrics(), "test": _held_out_metrics()})
 
     def setup(self, stage: str) -> None:
-        """Refuse data that this model cannot learn from.
+        """Refuse data that this model cannot learn from; a model of random weights learns which token ends a text.
 
         Raises:
             ValueError: If it cannot.
@@ -100,6 +101,10 @@ class LanguageModeling(TransformerTask):
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         check_text(type(self).__name__, self.model, data, self.objective)
+        tokenizer = getattr(data, "tokenizer", None)
+        given = self.hparams
+        if isinstance(tokenizer, PreTrainedTokenizerBase) and not takes_weights(given["model"], given["pretrained"]):
+            take_special_tokens(cast(PreTrainedModel, self.model), tokenizer, given["overrides"] or ())
 
     def check_batch(self, batch: Any) -> None:
         """Refuse a batch that is none of text.

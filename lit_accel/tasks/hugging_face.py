@@ -1,7 +1,7 @@
 """Build a Hugging Face model from a name, and refuse what transformers would silently accept."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from lit_accel.arguments import require_whole
@@ -75,12 +76,12 @@ def build_transformer(
             f"overrides says vocab_size={fields['vocab_size']}, but the data's vocabulary has {vocab_size} "
             "tokens. Leave it out of overrides."
         )
-    is_type = not Path(model).is_dir() and model in CONFIG_MAPPING
+    is_type = _is_type(model)
     published = AutoConfig.for_model(model) if is_type else _published_config(model)
     _check_head(auto_class, model, published)
     _check_fields(published, fields)
 
-    has_weights = pretrained and not is_type
+    has_weights = takes_weights(model, pretrained)
     if has_weights:
         _check_vocabulary(model, published, vocab_size)
     elif vocab_size is not None:
@@ -105,6 +106,44 @@ def build_transformer(
     _check_direction(auto_class, model, transformer.config)
     # from_pretrained returns the model in evaluation mode, and Lightning leaves modes as it finds them.
     return transformer.train()
+
+
+def takes_weights(model: str, pretrained: bool) -> bool:
+    """Whether :func:`build_transformer` takes trained weights.
+
+    Args:
+        model: See there.
+        pretrained: See there.
+    """
+    return pretrained and not _is_type(model)
+
+
+def take_special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, given: Collection[str] = ()
+) -> None:
+    """Tell a model that was built with random weights which of its tokens begin, end and pad a text.
+
+    Its configuration names those of the vocabulary that its type was published with. What depends on them before any
+    text is generated, such as the row of an embedding that is not trained, stays as it was built.
+
+    Args:
+        model: The model.
+        tokenizer: The tokenizer of the data.
+        given: Fields of the configuration that somebody has chosen; they stay.
+    """
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
+    for name, token in ids.items():
+        if name in given:
+            continue
+        if model.generation_config is not None:
+            setattr(model.generation_config, name, token)
+        if name != "pad_token_id":
+            setattr(model.config, name, token)
+
+
+def _is_type(model: str) -> bool:
+    return not Path(model).is_dir() and model in CONFIG_MAPPING
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from lit_accel.arguments import is_number, require_whole
 from lit_accel.global_draws import seeded_globals
 from lit_accel.tasks.data_fit import check_image_batch, check_images
 from lit_accel.tasks.metrics import SampleMean
-from lit_accel.tasks.timm_models import build_classifier, classifier_arguments
+from lit_accel.tasks.timm_models import build_classifier, classifier_arguments, size_arguments
 from lit_accel.tasks.transformer_task import TransformerTask
 
 _MIXUP = 5  # sets the draws of mixup apart from other draws with the same seed
@@ -207,7 +207,9 @@ class ImageClassification(TransformerTask):
         saved.pretrained_cfg = {**saved.pretrained_cfg, **getattr(data, "preprocessing", {})}
         names = getattr(data, "class_names", ())
         labels = {"label_names": list(names)} if len(names) == self.num_classes else {}
-        save_for_hf(saved, folder, model_config=labels, model_args=self._model_args, safe_serialization=True)
+        # A run may have begun with a smaller model than it ends with, or end with a smaller one.
+        arguments = {**self._model_args, **size_arguments(saved)}
+        save_for_hf(saved, folder, model_config=labels, model_args=arguments, safe_serialization=True)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:
         images_bchw, targets_b = batch

@@ -8,10 +8,27 @@ from typing import Any
 
 from torch import nn
 
+from lit_accel.anatomy import AnatomyError, anatomy_of
 from lit_accel.arguments import require_whole
 
 # Arguments of timm's transformers that are counts; timm builds a model of none of them, which fails when it is called.
 _SIZES = {"depth", "depths", "embed_dim", "num_heads", "patch_size", "window_size"}
+
+
+def size_arguments(model: nn.Module) -> dict[str, Any]:
+    """Return the arguments with which timm builds a model of the size that this one has.
+
+    Args:
+        model: A model of timm; none of a family whose size can be changed has none.
+    """
+    try:
+        size = anatomy_of(model).size
+    except AnatomyError:
+        return {}
+    if len(size.depths) == 1:
+        return {"embed_dim": size.axes["embed"], "depth": size.depths[0], "num_heads": size.axes["heads"]}
+    heads = [size.axes[f"heads_{stage}"] for stage in range(len(size.depths))]
+    return {"embed_dim": size.axes["embed_0"], "depths": list(size.depths), "num_heads": heads}
 
 
 def classifier_arguments(

@@ -483,3 +483,47 @@ def test_a_training_step_that_fetches_its_batches_is_refused(tmp_path):
 
     with pytest.raises(MisconfigurationException, match=r"takes batches from a dataloader_iter.*\"taylor\""):
         fit(tmp_path, sbld(), module=Fetches())
+
+
+def only_last_blocks(number, **kwargs):
+    """A model of which nothing is trained but its last blocks."""
+    module = TinyModule(**kwargs)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(any(f".h.{index}." in name for index in range(4 - number, 4)))
+    return module
+
+
+def train(tmp_path, callback, module):
+    """What is not refused runs to its end."""
+    make_trainer(tmp_path, callbacks=[callback], strategy="auto", max_steps=10).fit(module, loader())
+    return module.losses
+
+
+@pytest.mark.parametrize("sampler", ["bernoulli", "systematic"])
+def test_steps_that_would_train_nothing_are_refused(sampler, tmp_path):
+    module = only_last_blocks(1)
+    with pytest.raises(MisconfigurationException, match=r"Nothing is trained but blocks \[3\].*pinned=\[3\]"):
+        fit(tmp_path, pld(theta=0.5, sampler=sampler), module=module)
+    # As it advises.
+    assert len(train(tmp_path, pld(theta=0.5, sampler=sampler, pinned=[3]), only_last_blocks(1))) == 10
+
+
+def test_steps_that_keep_some_block_that_is_trained_are_not(tmp_path):
+    # The last keep probabilities are 7/8, 3/4, 5/8 and 1/2, so that two blocks or three run in every step.
+    assert len(train(tmp_path, pld(theta=0.5), only_last_blocks(4))) == 10
+    with pytest.raises(MisconfigurationException, match=r"blocks \[0, 1, 2, 3\]"):
+        fit(tmp_path, pld(theta=0.5, sampler="bernoulli"), module=only_last_blocks(4))
+    # DeepSpeed's schedule always keeps the first.
+    kept_first = pld(theta=0.5, sampler="bernoulli", convention="deepspeed")
+    assert len(train(tmp_path, kept_first, only_last_blocks(4))) == 10
+
+
+def test_gradients_of_blocks_without_any_are_not_measured(tmp_path):
+    module = only_last_blocks(2)
+    with pytest.raises(MisconfigurationException, match=r"h\.0 has none.*Use \"ablate\", \"ratio\" or \"cos\""):
+        fit(tmp_path, sbld(estimator="taylor"), module=module)
+    assert len(train(tmp_path, sbld(estimator="ratio"), only_last_blocks(2))) == 10
+    # The embedding is trained: the gradient goes through all that comes after it.
+    with_embedding = only_last_blocks(2)
+    with_embedding.net.transformer.wpe.weight.requires_grad_(True)
+    assert len(train(tmp_path, sbld(estimator="taylor"), with_embedding)) == 10

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import lightning.pytorch as L
 import pytest
@@ -11,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers import BatchEncoding
 
 from lit_accel import ComputeLedger, Level, MultiLevelTraining, Phase
 from lit_accel.compute import read_ledger
@@ -146,6 +150,30 @@ def test_batches_of_any_structure_are_merged_leaf_by_leaf(batch, number):
                 check(merged[key], part[key])
 
     check(merge_batches([batch] * number), batch)
+
+
+@dataclass(frozen=True)
+class Texts:
+    input_ids: torch.Tensor
+    language: str = "en"
+
+
+def test_a_merged_batch_is_of_the_kind_that_the_training_step_knows():
+    ids = [torch.full((2, 3), index) for index in range(3)]
+    encoded = merge_batches([BatchEncoding({"input_ids": part}) for part in ids])
+    assert isinstance(encoded, BatchEncoding)
+    assert torch.equal(encoded.input_ids, torch.cat(ids))
+    texts = [Texts(part) for part in ids]
+    merged = merge_batches(texts)
+    assert isinstance(merged, Texts)
+    assert torch.equal(merged.input_ids, torch.cat(ids))
+    assert texts[0].input_ids is ids[0]
+    counted = merge_batches([OrderedDict(input_ids=part) for part in ids])
+    assert type(counted) is OrderedDict
+    frozen = merge_batches([MappingProxyType({"input_ids": part}) for part in ids])
+    assert torch.equal(frozen["input_ids"], torch.cat(ids))
+    with pytest.raises(ValueError, match="'en' and other values"):
+        merge_batches([texts[0], Texts(ids[1], "fr")])
 
 
 def test_batches_that_cannot_be_merged():

@@ -332,3 +332,26 @@ def test_the_best_of_several_sizes_is_warned_of(tmp_path):
         UserWarning, match=r"ModelCheckpoint monitors val/loss .* save_last too writes the last best one"
     ):
         trainer.callbacks[0].setup(trainer_connected(trainer), trainer.lightning_module, "fit")
+
+
+@pytest.mark.parametrize(
+    ("level", "frozen", "preset", "is_warned"),
+    [
+        (Level(2, 2), "wte", "exact", True),
+        (Level(1, 2), "wte", "exact", False),
+        (Level(1, 2), "mlp", "exact", True),
+        (Level(2, 1), "mlp", "exact", True),
+        (Level(2, 2), "wte", "correction", False),
+        (Level(2, 2), "nothing", "exact", False),
+    ],
+)
+def test_growth_that_frozen_weights_keep_from_being_exact_is_said(level, frozen, preset, is_warned, tmp_path, recwarn):
+    module = TinyModule("gpt2-untied")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining([level], preset=preset)], **ENDLESS)
+    trainer.strategy.connect(module)
+    trainer.callbacks[0].setup(trainer, module, "fit")
+    said = [str(each.message) for each in recwarn if "is not exact here" in str(each.message)]
+    assert len(said) == is_warned
+    assert all(frozen in message for message in said)

@@ -335,3 +335,18 @@ def test_a_checkpoint_of_a_newer_version():
     state = {**RandomLTD().state_dict(), "version": 99}
     with pytest.raises(MisconfigurationException, match=r"format 99.*Update lit-accel"):
         RandomLTD().load_state_dict(state)
+
+
+def test_chunks_that_do_not_divide_the_kept_tokens_are_refused(tmp_path):
+    def fit(quantum):
+        module = TinyModule("bert-mlm")
+        config = module.net.config
+        config.chunk_size_feed_forward = 4
+        module.net = type(module.net)(config).train()
+        method = RandomLTD(start_tokens=4, growth=6, quantum=quantum)
+        make_trainer(tmp_path, callbacks=[method], strategy="auto", max_steps=8).fit(module, loader())
+        return module.losses
+
+    with pytest.raises(MisconfigurationException, match=r"4 tokens at a time.*multiple of 2 of them.*multiple of 4"):
+        fit(2)
+    assert len(fit(4)) == 8

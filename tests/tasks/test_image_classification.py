@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from lit_accel import MultiLevelTraining
 from lit_accel.anatomy import find_transformer
 from lit_accel.data import ImageDataModule
 from lit_accel.tasks import ImageClassification, SavePretrained, WarmupDecay, weight_decay_groups
@@ -52,7 +53,7 @@ class Batches(LightningDataModule):
 
 
 def trainer_of(tmp_path, **options):
-    return make_trainer(tmp_path, strategy="auto", **{"limit_val_batches": 0, **options})
+    return make_trainer(tmp_path, **{"strategy": "auto", "limit_val_batches": 0, **options})
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -215,6 +216,24 @@ def test_load_from_checkpoint_restores_the_weights(model, tmp_path):
 def test_save_pretrained_writes_what_timm_loads(model, tmp_path):
     task, folder = make_task(model), tmp_path / "final"
     trainer_of(tmp_path, max_steps=1, callbacks=[SavePretrained(str(folder))]).fit(task, Batches())
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images, _ = make_batch()
+    assert torch.equal(again(images), task.eval()(images))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "options",
+    [{"start_level": 1}, {"phases": [{"level": 0, "length": 1}, {"level": 1}]}, {}],
+    ids=["grown", "ends small", "V-cycle"],
+)
+def test_save_pretrained_writes_the_size_that_the_run_ends_with(model, options, tmp_path):
+    large = {"embed_dim": 16, "depth": 4, "num_heads": 4}
+    if "swin" in model:
+        large = {"depths": [4, 4], "num_heads": [2, 4]}
+    task, folder = make_task(model, model_kwargs={**MODELS[model], **large}), tmp_path / "final"
+    callbacks = [MultiLevelTraining(**options), SavePretrained(str(folder))]
+    trainer_of(tmp_path, max_steps=8, max_epochs=-1, strategy="resizable", callbacks=callbacks).fit(task, Batches())
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     images, _ = make_batch()
     assert torch.equal(again(images), task.eval()(images))

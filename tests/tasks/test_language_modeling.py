@@ -7,7 +7,9 @@ from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 
+from lit_accel.data import TextDataModule
 from lit_accel.schedules import warmup_decay_factor
 from lit_accel.tasks import CausalLM, MaskedLM, SavePretrained, WarmupDecay, weight_decay_groups
 
@@ -276,6 +278,47 @@ def test_a_field_may_go_by_its_common_name():
 def test_special_tokens_beyond_the_vocabulary_are_dropped():
     config = make_task().model.config
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (VOCAB_SIZE, None, None)
+
+
+def text_of(folder, **arguments):
+    for name in ("one", "other"):
+        (folder / f"{name}.txt").write_text(f"This is {name} text.\n" * 40)
+    shape = {"tokenizer": "bpe", "vocab_size": 300, "block_size": 8, "batch_size": 2, "val_fraction": 0.5}
+    return TextDataModule(str(folder), **{**shape, "cache_dir": folder / "cache", **arguments})
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen3"])
+def test_a_new_model_knows_with_which_token_its_texts_end(model_type, tmp_path):
+    """Its configuration names the tokens of the vocabulary that its type was published with."""
+    task, data = make_task(model_type, vocab_size=300), text_of(tmp_path)
+    callbacks = [SavePretrained(str(tmp_path / "final"))]
+    make_trainer(tmp_path, max_steps=1, limit_val_batches=0, callbacks=callbacks).fit(task, data)
+    model = CausalLM.auto_class.from_pretrained(tmp_path / "final")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert tokenizer.eos_token == "<|endoftext|>"
+    for config in (model.config, model.generation_config):
+        assert config.eos_token_id == tokenizer.eos_token_id == data.tokenizer.eos_token_id
+        assert config.bos_token_id is None
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    # Where the end is what follows everything, a text ends there.
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert tokenizer.eos_token_id == 0
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).tolist() == [[5, 6, 7, 0]]
+
+
+def test_special_tokens_that_somebody_chose_stay(tmp_path):
+    task = make_task(overrides={**GPT2, "eos_token_id": 7}, vocab_size=300)
+    make_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(task, text_of(tmp_path))
+    assert task.model.config.eos_token_id == task.model.generation_config.eos_token_id == 7
+
+
+def test_trained_models_keep_their_special_tokens(tmp_path):
+    folder = str(tmp_path / "pretrained")
+    make_task(overrides={**GPT2, "eos_token_id": 7}, vocab_size=300).model.save_pretrained(folder)
+    for pretrained, expected in ((True, 7), (False, 0)):
+        task = CausalLM(folder, pretrained=pretrained, vocab_size=300)
+        make_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(task, text_of(tmp_path))
+        assert task.model.generation_config.eos_token_id == expected
 
 
 def test_two_vocabulary_sizes_are_one_too_many():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,13 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_accel.anatomy import Anatomy
+from lit_accel.anatomy import Anatomy, anatomy_of, find_transformer
 from lit_accel.arguments import is_number, require_duration, require_one_of
 from lit_accel.methods.compatibility import PLD
 from lit_accel.methods.layer_dropping.callback import LayerDropping
 from lit_accel.methods.layer_dropping.dropper import Scale
 from lit_accel.methods.layer_dropping.progressive import Convention, Direction, keep_probabilities, theta_at
-from lit_accel.methods.layer_dropping.refusals import droppable_blocks
+from lit_accel.methods.layer_dropping.refusals import droppable_blocks, require_gradient
 from lit_accel.methods.layer_dropping.sampling import Sampler
 from lit_accel.schedules import num_steps_of
 
@@ -175,6 +176,17 @@ class ProgressiveLayerDropping(LayerDropping):
                 f"release is {self._release_steps} optimizer steps, but the run has {self.num_steps}: nothing would be "
                 "dropped. Make it shorter, or a share of the run such as 0.2."
             )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See that no step is left without a gradient, and intercept the blocks."""
+        if self.units:
+            transformer = find_transformer(pl_module)[1]
+            last = zip(self.units, keep_probabilities(self.theta, len(self.units), self.convention), strict=True)
+            least = {unit: p for unit, p in last if p < 1}
+            # The other sampler keeps as many as are expected, rounded down or up.
+            num_kept = 0 if self.sampler == "bernoulli" else math.floor(math.fsum(least.values()))
+            require_gradient(pl_module, transformer, anatomy_of(transformer), list(least), len(least) - num_kept)
+        super().on_train_start(trainer, pl_module)
 
     def theta_at(self, step: int) -> float:
         """Return the keep probability of the deepest block at an optimizer step."""

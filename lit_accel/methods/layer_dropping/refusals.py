@@ -55,6 +55,61 @@ def droppable_blocks(anatomy: Anatomy, pinned: Sequence[int], method: str) -> li
     return units
 
 
+def require_gradient(
+    module: nn.Module, transformer: nn.Module, anatomy: Anatomy, units: Sequence[int], num_dropped: int
+) -> None:
+    """Check that something is trained in every step, whichever blocks run.
+
+    Args:
+        module: The LightningModule.
+        transformer: Its transformer.
+        anatomy: The transformer's anatomy.
+        units: The blocks that may be dropped.
+        num_dropped: How many of them may be dropped from one step.
+
+    Raises:
+        MisconfigurationException: If nothing is trained but blocks that may all be dropped.
+    """
+    parameters = {unit: list(transformer.get_submodule(anatomy.blocks[unit].path).parameters()) for unit in units}
+    droppable = {id(parameter) for block in parameters.values() for parameter in block}
+    if any(parameter.requires_grad and id(parameter) not in droppable for parameter in module.parameters()):
+        return
+    trained = [unit for unit, block in parameters.items() if any(parameter.requires_grad for parameter in block)]
+    if 0 < len(trained) <= num_dropped:
+        raise MisconfigurationException(
+            f"Nothing is trained but blocks {trained}, of which a step may drop every one: it would have no gradient, "
+            f"and torch would end the run. Pin one of them (pinned=[{trained[-1]}]), or train the head, too."
+        )
+
+
+def require_gradients_of_all(transformer: nn.Module, anatomy: Anatomy, units: Sequence[int], method: str) -> None:
+    """Check that the hidden states after every block that may be dropped have a gradient.
+
+    They do if anything is trained that comes before: in all families modules stand in the order of their calls.
+
+    Args:
+        transformer: The transformer.
+        anatomy: Its anatomy.
+        units: The blocks that may be dropped.
+        method: Who asks, for messages.
+
+    Raises:
+        MisconfigurationException: If those of some block have none.
+    """
+    path = f"{anatomy.blocks[units[0]].path}."
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad:
+            return
+        if name.startswith(path):
+            break
+    first = transformer.get_submodule(path[:-1])
+    if not any(parameter.requires_grad for parameter in first.parameters()):
+        raise MisconfigurationException(
+            f'{method}: estimator="taylor" measures by gradients, and {path[:-1]} has none, since nothing up to there '
+            'is trained. It would be taken for worthless. Use "ablate", "ratio" or "cos", or pin the frozen blocks.'
+        )
+
+
 def resolve_scale(anatomy: Anatomy, scale: Scale | None, method: str) -> Scale:
     """Return what is scaled: by default the block, or nothing where norms stand after the addition.
 

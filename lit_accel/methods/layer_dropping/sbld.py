@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lit_accel.anatomy import Anatomy
+from lit_accel.anatomy import Anatomy, anatomy_of, find_transformer
 from lit_accel.arguments import is_number, require_duration, require_one_of, require_whole
 from lit_accel.compute.flops import forward_flops, training_flops
 from lit_accel.methods.layer_dropping.budget import Allocation, allocate, floor_of, robust
@@ -23,7 +23,7 @@ from lit_accel.methods.layer_dropping.dropper import Scale
 from lit_accel.methods.layer_dropping.history import History
 from lit_accel.methods.layer_dropping.probing import measuring, training_loss
 from lit_accel.methods.layer_dropping.protection import BlockList
-from lit_accel.methods.layer_dropping.refusals import droppable_blocks, why_calls_are_not_seen
+from lit_accel.methods.layer_dropping.refusals import droppable_blocks, require_gradients_of_all, why_calls_are_not_seen
 from lit_accel.methods.layer_dropping.sampling import Sampler
 from lit_accel.methods.layer_dropping.sensitivity import ESTIMATES, Estimator, Meter, ablate, ablation_flops
 from lit_accel.run_folder import run_folder
@@ -187,6 +187,13 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
                 f"blocks never dropped (pinned, in short stages, first, last, most sensitive) {floor:.2f} is the "
                 "least. Raise kept, or lower min_keep or protected."
             )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See that what is measured is there, and intercept the blocks."""
+        if self.units and self.estimator == "taylor":
+            transformer = find_transformer(pl_module)[1]
+            require_gradients_of_all(transformer, anatomy_of(transformer), self.units, type(self).__name__)
+        super().on_train_start(trainer, pl_module)
 
     # Keep probabilities
 

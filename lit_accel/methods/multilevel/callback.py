@@ -46,6 +46,7 @@ from lit_accel.methods.multilevel.refusals import (
     check_model,
     check_optimizers,
     check_trainer,
+    warn_of_frozen,
 )
 from lit_accel.methods.multilevel.rehearsal import rehearse_optimizers, rehearse_training_step
 from lit_accel.methods.multilevel.replaced import ReplacedModel
@@ -237,6 +238,9 @@ class MultiLevelTraining(PlannedLevels):
     def _check_levels(self, pl_module: L.LightningModule) -> None:
         transformer = find_transformer(pl_module)[1]
         self._dependent = check_model(pl_module, self._path, transformer, anatomy_of(transformer), self.maps)
+        # A level that never existed holds no frozen weights to go back to.
+        if self.interpolation == PRESETS["exact"].interpolation and not (self.start_level or self.is_neutral):
+            warn_of_frozen(transformer, self.maps)
 
     def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the length of the run, and refuse what does not fit it."""

@@ -8,8 +8,10 @@ optimizer steps, the data and their order, and the gradient are what they were.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,8 +72,8 @@ def merge_batches(batches: list[Any]) -> Any:
     """Concatenate batches along the first dimension of each of their tensors.
 
     Args:
-        batches: Batches of one structure: tensors in mappings, tuples and lists. Anything else must be the same in
-            all of them.
+        batches: Batches of one structure: tensors in mappings (``BatchEncoding`` is one), tuples, lists and
+            dataclasses. Anything else must be the same in all of them.
 
     Raises:
         ValueError: If they cannot be concatenated.
@@ -86,7 +88,20 @@ def merge_batches(batches: list[Any]) -> Any:
             )
         return torch.cat(batches)
     if isinstance(first, Mapping):
-        return {key: merge_batches([batch[key] for batch in batches]) for key in first}
+        items = {key: merge_batches([batch[key] for batch in batches]) for key in first}
+        if not isinstance(first, MutableMapping):
+            return items
+        # What a training step may ask of the kind that it is used to, it has.
+        mapping = copy.copy(first)
+        mapping.update(items)
+        return mapping
+    if is_dataclass(first) and not isinstance(first, type):
+        result = copy.copy(first)
+        for field in fields(first):
+            # The setter of a frozen one refuses.
+            merged = merge_batches([getattr(batch, field.name) for batch in batches])
+            object.__setattr__(result, field.name, merged)
+        return result
     if isinstance(first, (tuple, list)):
         parts = [merge_batches(list(part)) for part in zip(*batches, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)

@@ -90,6 +90,34 @@ def check_model(
     return dependent
 
 
+def warn_of_frozen(transformer: nn.Module, maps: list[LevelMap]) -> None:
+    """Say so where growth is to keep the function, and what is frozen keeps its weights instead.
+
+    Args:
+        transformer: The transformer, at the full size or at that of a level.
+        maps: The maps between its levels.
+    """
+    full, small = maps[0].large, maps[-1].small
+    changes_depth = full.size.depths != small.size.depths
+    frozen = [
+        name
+        for name, parameter in transformer.named_parameters()
+        if not parameter.requires_grad
+        and (
+            full.parameters[name].shape(full.size.axes) != full.parameters[name].shape(small.size.axes)
+            or (changes_depth and full.split_name(name)[0] is not None)
+        )
+    ]
+    if frozen:
+        more = f" and {len(frozen) - 2} more" if len(frozen) > 2 else ""
+        rank_zero_warn(
+            f'preset="exact" is not exact here: {", ".join(frozen[:2])}{more} will be what it was before the small '
+            "phase, since it is frozen, and not what the small model was trained with. Train it, or leave its width "
+            '(width 1 in every level) and depth; with preset="correction" growth keeps frozen weights and what was '
+            "learned beside them."
+        )
+
+
 def _narrowed_widths(maps: list[LevelMap]) -> set[int]:
     """Return the widths of hidden states, ``embed`` or one a stage, that some level reduces."""
     large, small = maps[0].large.size.axes, maps[-1].small.size.axes

@@ -38,6 +38,7 @@ from lit_accel.methods.token_dropping.learning_rate import LayerTokenLR
 from lit_accel.methods.token_dropping.planned import PlannedTokens
 from lit_accel.methods.token_dropping.refusals import (
     check_arguments,
+    check_chunks,
     check_first_batch,
     check_graphs,
     check_interval,
@@ -186,6 +187,7 @@ class RandomLTD(PlannedTokens):
             check_windows(anatomy, self._schedule_of(1), self._num_prefix)
             check_start(anatomy, self.start_tokens, self._known_tokens(trainer))
             check_compilation(pl_module, transformer, anatomy, type(self).__name__)
+            check_chunks(transformer, self.quantum)
             check_levels(
                 trainer,
                 self._full,

@@ -106,6 +106,25 @@ def _num_windows(anatomy: Anatomy, index: int) -> int | None:
     return anatomy.places[attention.place](1, anatomy.num_tokens) // attention.tile
 
 
+def check_chunks(transformer: nn.Module, quantum: int) -> None:
+    """Check that blocks which cut their tokens into chunks can cut those that are kept.
+
+    Args:
+        transformer: The transformer.
+        quantum: Of what the number of kept tokens is a multiple.
+
+    Raises:
+        MisconfigurationException: If not.
+    """
+    chunk = getattr(getattr(transformer, "config", None), "chunk_size_feed_forward", 0)
+    if chunk and quantum % chunk:
+        raise MisconfigurationException(
+            f"The blocks of this {type(transformer).__name__} compute {chunk} tokens at a time "
+            f"(chunk_size_feed_forward), and are to keep a multiple of {quantum} of them. Set quantum to a multiple of "
+            f"{chunk}, or chunk_size_feed_forward to 0."
+        )
+
+
 def input_prefix(anatomy: Anatomy, keep_prefix: int | None) -> int:
     """Return how many of the first tokens are kept with ``scope="input"``.
 
