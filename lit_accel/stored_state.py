@@ -6,9 +6,27 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
+
+
+def primitives(state: Any) -> Any:
+    """Return a state for a checkpoint in which numbers of NumPy are Python's.
+
+    A setting may be one, as from a sweep with ``numpy.linspace``, and ``torch.load(weights_only=True)`` reads none.
+
+    Args:
+        state: Dictionaries, lists and tuples of anything.
+    """
+    if isinstance(state, np.generic):
+        return state.item()
+    if isinstance(state, dict):
+        return {primitives(key): primitives(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(primitives(value) for value in state)
+    return state
 
 
 def require_readable(stored: Any, present: Mapping[str, Any], what: str) -> None:

@@ -16,10 +16,21 @@ Residual = Literal["pre_norm", "post_norm", "res_post_norm"]
 Rows = Callable[[int, int], int]
 """How many rows pass through a place of a model in one call, from the number of sequences and of tokens of each."""
 
-SEQUENCE_PLACES: Mapping[str, Rows] = {
-    "token": lambda num_sequences, num_tokens: num_sequences * num_tokens,
-    "sequence": lambda num_sequences, num_tokens: num_sequences,
-}
+
+# Functions with names: an anatomy can be pickled, and what holds one.
+def _all_tokens(num_sequences: int, num_tokens: int) -> int:
+    return num_sequences * num_tokens
+
+
+def _all_sequences(num_sequences: int, num_tokens: int) -> int:
+    return num_sequences
+
+
+def _sequence_places() -> Mapping[str, Rows]:
+    return SEQUENCE_PLACES
+
+
+SEQUENCE_PLACES: Mapping[str, Rows] = {"token": _all_tokens, "sequence": _all_sequences}
 """The places of a model whose blocks all work on the tokens that it is called with."""
 
 
@@ -272,7 +283,7 @@ class Anatomy:
     attend: Callable[[nn.Module, AttentionKernel], Callable[[], None]] | None = field(
         default=None, compare=False, repr=False
     )
-    places: Mapping[str, Rows] = field(default_factory=lambda: SEQUENCE_PLACES, compare=False, repr=False)
+    places: Mapping[str, Rows] = field(default_factory=_sequence_places, compare=False, repr=False)
 
     @property
     def axes(self) -> tuple[Axis, ...]:

@@ -26,6 +26,10 @@ def _axes(config: Any) -> dict[str, int]:
     }
 
 
+def _attention(config: Any, index: int) -> Attention:
+    return Attention(heads=("heads",), head_dim="head_dim", causal=config.is_decoder)
+
+
 def _resize(config: Any, size: Size) -> None:
     config.hidden_size = size.axes["embed"]
     config.num_attention_heads = size.axes["heads"]
@@ -95,7 +99,7 @@ FAMILY = HuggingFaceFamily(
     width_axes=(("embed",), ("heads",), ("ffn",)),
     attributes={"attention.self.num_attention_heads": "heads", "attention.self.all_head_size": "heads*head_dim"},
     axes=_axes,
-    attention=lambda config, index: Attention(heads=("heads",), head_dim="head_dim", causal=config.is_decoder),
+    attention=_attention,
     resize=_resize,
 )
 

@@ -25,6 +25,10 @@ def _axes(config: Any) -> dict[str, int]:
     }
 
 
+def _attention(config: Any, index: int) -> Attention:
+    return Attention(heads=("heads",), head_dim="head_dim", causal=is_causal(config))
+
+
 def _resize(config: Any, size: Size) -> None:
     if config.scale_attn_by_inverse_layer_idx and size.depths != (config.n_layer,):
         raise AnatomyError(
@@ -75,7 +79,7 @@ _FAMILY = HuggingFaceFamily(
     width_axes=(("embed",), ("heads",), ("ffn",)),
     attributes={"attn.num_heads": "heads", "attn.split_size": "heads*head_dim"},
     axes=_axes,
-    attention=lambda config, index: Attention(heads=("heads",), head_dim="head_dim", causal=is_causal(config)),
+    attention=_attention,
     resize=_resize,
 )
 

@@ -149,21 +149,27 @@ def _block_table(stage: int, num_hidden: int) -> dict[str, Entry]:
 
 def _places(grid_size: tuple[int, int], stage: int, window_size: tuple[int, int]) -> dict[str, Rows]:
     """Return the rows of a stage: its tokens, these padded to whole windows, and the table of relative positions."""
-
-    def tokens(num_sequences: int, num_tokens: int) -> int:
-        return num_sequences * math.prod(_stage_grid(grid_size, stage, num_tokens))
-
-    def windows(num_sequences: int, num_tokens: int) -> int:
-        grid = _stage_grid(grid_size, stage, num_tokens)
-        padded = (-(-size // window) * window for size, window in zip(grid, window_size, strict=True))
-        return num_sequences * math.prod(padded)
-
-    num_offsets = math.prod(2 * size - 1 for size in window_size)
     return {
-        f"stage_{stage}": tokens,
-        f"windows_{stage}": windows,
-        f"table_{stage}": lambda num_sequences, num_tokens: num_offsets,
+        f"stage_{stage}": partial(_tokens, grid_size, stage),
+        f"windows_{stage}": partial(_padded_tokens, grid_size, stage, window_size),
+        f"table_{stage}": partial(_offsets, window_size),
     }
+
+
+def _tokens(grid_size: tuple[int, int], stage: int, num_sequences: int, num_tokens: int) -> int:
+    return num_sequences * math.prod(_stage_grid(grid_size, stage, num_tokens))
+
+
+def _padded_tokens(
+    grid_size: tuple[int, int], stage: int, window_size: tuple[int, int], num_sequences: int, num_tokens: int
+) -> int:
+    grid = _stage_grid(grid_size, stage, num_tokens)
+    padded = (-(-size // window) * window for size, window in zip(grid, window_size, strict=True))
+    return num_sequences * math.prod(padded)
+
+
+def _offsets(window_size: tuple[int, int], num_sequences: int, num_tokens: int) -> int:
+    return math.prod(2 * size - 1 for size in window_size)
 
 
 def _stage_grid(grid_size: tuple[int, int], stage: int, num_tokens: int) -> tuple[int, int]:

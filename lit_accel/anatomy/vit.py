@@ -8,7 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from lit_accel.anatomy.base import SEQUENCE_PLACES, Anatomy, AnatomyError, Attention, Block, Residual, Size
+from lit_accel.anatomy.base import (
+    SEQUENCE_PLACES,
+    Anatomy,
+    AnatomyError,
+    Attention,
+    Block,
+    Residual,
+    Rows,
+    Size,
+)
 from lit_accel.anatomy.layouts import Entry, read_layouts, tied_groups
 from lit_accel.anatomy.registry import register_anatomy
 from lit_accel.anatomy.timm import copy_resized, patch_shape, set_existing
@@ -123,10 +132,7 @@ def describe(model: Any) -> Anatomy:
         )
         for index in range(len(model.blocks))
     )
-    places = {
-        **SEQUENCE_PLACES,
-        "patch": lambda num_sequences, num_tokens: num_sequences * (num_tokens - num_prefix),
-    }
+    places: dict[str, Rows] = {**SEQUENCE_PLACES, "patch": partial(_patches, num_prefix)}
     return Anatomy(
         family="vit",
         size=Size(axes, (len(model.blocks),)),
@@ -142,6 +148,10 @@ def describe(model: Any) -> Anatomy:
         num_prefix_tokens=num_prefix,
         pools_tokens=bool(model.global_pool),
     )
+
+
+def _patches(num_prefix: int, num_sequences: int, num_tokens: int) -> int:
+    return num_sequences * (num_tokens - num_prefix)
 
 
 def _has(module: nn.Module, name: str) -> bool:

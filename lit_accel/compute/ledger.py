@@ -154,6 +154,10 @@ class ComputeLedger(Callback):
         self._set_batch_flops(0)
         self._in_batch = True
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End a batch that a module has left out by returning -1 from its ``on_train_batch_start``."""
+        self._in_batch = False
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -12,7 +12,7 @@ from lit_accel.arguments import is_number, is_whole, require_duration, require_o
 from lit_accel.methods.coordinator import Rules, coordinator_of
 from lit_accel.methods.preparation import prepare_run
 from lit_accel.methods.requirements import check_rules
-from lit_accel.stored_state import require_readable
+from lit_accel.stored_state import primitives, require_readable
 
 _STATE_VERSION = 1
 
@@ -84,7 +84,7 @@ class Composition(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rules."""
-        return {"version": _STATE_VERSION, "rules": self._rules()}
+        return primitives({"version": _STATE_VERSION, "rules": self._rules()})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the rules for comparison.

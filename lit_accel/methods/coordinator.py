@@ -18,7 +18,7 @@ from lit_accel.methods.compatibility import check_clashes, check_pairs, in_order
 from lit_accel.methods.method import Method
 from lit_accel.methods.strategy_checks import check_strategy
 from lit_accel.resizing import begin_anew, full_size
-from lit_accel.run_length import length_of_run
+from lit_accel.run_length import estimated_steps, length_of_run
 from lit_accel.schedules import num_steps_of
 
 # Longer runs are predicted from so many of their steps, evenly spread; for a first look fewer will do.
@@ -209,8 +209,7 @@ class Coordinator:
 
     @property
     def _num_steps(self) -> int | None:
-        num_steps = self.trainer.estimated_stepping_batches
-        return None if num_steps in (float("inf"), -1) else int(num_steps)
+        return estimated_steps(self.trainer)
 
     @property
     def dense_steps(self) -> tuple[int, float]:

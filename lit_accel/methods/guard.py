@@ -163,7 +163,8 @@ class TrainingGuard(L.Callback):
         checkpoint = torch.load(self._saved, map_location="cpu", weights_only=False)
         device = pl_module.device
         rebuild_recorded_size(pl_module, checkpoint)
-        pl_module.load_state_dict(checkpoint["state_dict"])
+        # Beside WeightAveraging the others are the average.
+        pl_module.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
         pl_module.to(device)
         rank_zero_info(f"The module has the weights of step {checkpoint['global_step']} again.")
 

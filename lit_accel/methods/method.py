@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as L
 
@@ -37,6 +37,10 @@ class Method(L.Callback, ABC):
     """Whether it needs the gradients of all blocks in some steps."""
     measures_blocks: ClassVar[bool] = False
     """Whether its decisions depend on measurements of the model, which a plan cannot know."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the coordinator of the last run, which belongs to its Trainer: the next one brings its own."""
+        return {name: value for name, value in vars(self).items() if name != "_coordinator"}
 
     @property
     @abstractmethod

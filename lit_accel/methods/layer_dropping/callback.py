@@ -21,6 +21,7 @@ from lit_accel.compute.observer import TransformerObserver
 from lit_accel.methods.layer_dropping.books import Tally
 from lit_accel.methods.layer_dropping.dropper import BlockDropper, Scale
 from lit_accel.methods.layer_dropping.refusals import (
+    check_optimizers,
     check_sublayers,
     droppable_blocks,
     resolve_scale,
@@ -41,7 +42,7 @@ from lit_accel.methods.requirements import (
 from lit_accel.resizing import begin_anew, ensure_built, full_size
 from lit_accel.routing import routing_of
 from lit_accel.run_length import length_of_run
-from lit_accel.stored_state import require_readable
+from lit_accel.stored_state import primitives, require_readable
 
 _STATE_VERSION = 1
 
@@ -221,6 +222,8 @@ class LayerDropping(Method):
             self.resolve(trainer, pl_module)
         if self.needs_length and self.drops:
             require_counted_steps(trainer, type(self).__name__)
+        if self.drops:
+            check_optimizers(trainer.optimizers, type(self).__name__)
         self._coordinator.check_run(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -404,18 +407,20 @@ class LayerDropping(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the draws stand, and the books."""
-        return {
-            "version": _STATE_VERSION,
-            "num_blocks": 0 if self.anatomy is None else len(self.anatomy.blocks),
-            "step": self._step,
-            "num_expected": self._num_expected,
-            "keep": list(self.keep),
-            "keep_probabilities": list(self.keep_probabilities),
-            "num_tokens": self._num_tokens,
-            "rules": self._rules(),
-            "total": self.total.to_state(),
-            "window": self._window.to_state(),
-        }
+        return primitives(
+            {
+                "version": _STATE_VERSION,
+                "num_blocks": 0 if self.anatomy is None else len(self.anatomy.blocks),
+                "step": self._step,
+                "num_expected": self._num_expected,
+                "keep": list(self.keep),
+                "keep_probabilities": list(self.keep_probabilities),
+                "num_tokens": self._num_tokens,
+                "rules": self._rules(),
+                "total": self.total.to_state(),
+                "window": self._window.to_state(),
+            }
+        )
 
     def _rules(self) -> dict[str, Any]:
         rules = {"sampler": self.sampler, "scale": self.scale, "seed": self.seed, "pinned": self.pinned}

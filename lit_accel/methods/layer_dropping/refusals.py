@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.optim import LBFGS, Optimizer
 
 from lit_accel.anatomy import Anatomy, is_compiled
 from lit_accel.methods.layer_dropping.dropper import Scale
@@ -107,6 +108,23 @@ def require_gradients_of_all(transformer: nn.Module, anatomy: Anatomy, units: Se
         raise MisconfigurationException(
             f'{method}: estimator="taylor" measures by gradients, and {path[:-1]} has none, since nothing up to there '
             'is trained. It would be taken for worthless. Use "ablate", "ratio" or "cos", or pin the frozen blocks.'
+        )
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], method: str) -> None:
+    """Check that optimizers leave parameters without a gradient as they are.
+
+    Args:
+        optimizers: The optimizers.
+        method: Who asks, for messages.
+
+    Raises:
+        MisconfigurationException: If one does not.
+    """
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        raise MisconfigurationException(
+            f"{method} drops blocks, whose parameters have no gradient then. LBFGS takes it for zero and moves them "
+            "along its history. Use an optimizer that leaves them alone, such as AdamW or SGD."
         )
 
 

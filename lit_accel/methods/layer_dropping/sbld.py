@@ -27,6 +27,7 @@ from lit_accel.methods.layer_dropping.refusals import droppable_blocks, require_
 from lit_accel.methods.layer_dropping.sampling import Sampler
 from lit_accel.methods.layer_dropping.sensitivity import ESTIMATES, Estimator, Meter, ablate, ablation_flops
 from lit_accel.run_folder import run_folder
+from lit_accel.stored_state import primitives
 
 FILE_NAME = "sensitivities.png"
 
@@ -445,15 +446,17 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the measurements too."""
-        return {
-            **super().state_dict(),
-            "sensitivities": self.sensitivities,
-            "block_list": None if self._blocks is None else self._blocks.state_dict(),
-            "next": self._next,
-            "collected": self._collected,
-            "num_measured_tokens": self._num_measured_tokens,
-            "history": self.history.to_state(),
-        }
+        return primitives(
+            {
+                **super().state_dict(),
+                "sensitivities": self.sensitivities,
+                "block_list": None if self._blocks is None else self._blocks.state_dict(),
+                "next": self._next,
+                "collected": self._collected,
+                "num_measured_tokens": self._num_measured_tokens,
+                "history": self.history.to_state(),
+            }
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the measurements too."""

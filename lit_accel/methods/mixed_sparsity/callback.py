@@ -44,7 +44,7 @@ from lit_accel.methods.requirements import (
 )
 from lit_accel.resizing import ensure_built, full_size
 from lit_accel.run_length import length_of_run
-from lit_accel.stored_state import require_readable
+from lit_accel.stored_state import primitives, require_readable
 
 _STATE_VERSION = 1
 # What the masks of a checkpoint are masks of.
@@ -419,7 +419,7 @@ class MixedSparsityTraining(PlannedUnits):
     def state_dict(self) -> dict[str, Any]:
         """Return the masks, and the rules that they were made by."""
         state = self._state if self._sparsity is None else self._sparsity.to_state()
-        return {"version": _STATE_VERSION, "rules": self._rules(), "units": state}
+        return primitives({"version": _STATE_VERSION, "rules": self._rules(), "units": state})
 
     def _rules(self) -> dict[str, Any]:
         names = (
@@ -435,18 +435,21 @@ class MixedSparsityTraining(PlannedUnits):
             "execution",
             "seed",
         )
-        targets = self.targets
-        stages = [] if targets is None else [*zip(targets.schedule.starts, targets.schedule.sparsities, strict=True)]
         has_pattern = self.attention_pattern is not None
-        return {
+        rules = {
             **{name: getattr(self, name) for name in names},
-            "stages": list(map(list, stages)),
             "attention_pattern": self.attention_pattern,
             # Without a pattern they have no meaning.
             "attention_window": self.attention_window if has_pattern else None,
             "evaluate_pattern": self.evaluate_pattern if has_pattern else None,
-            "phase": list(targets.pattern_steps) if has_pattern and targets is not None else None,
         }
+        targets = self.targets
+        if targets is None:
+            # Of a checkpoint that was written before they were known, as a tuner's is, nothing is compared.
+            return rules
+        stages = zip(targets.schedule.starts, targets.schedule.sparsities, strict=True)
+        phase = list(targets.pattern_steps) if has_pattern else None
+        return {**rules, "stages": list(map(list, stages)), "phase": phase}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the masks, and the rules for comparison.

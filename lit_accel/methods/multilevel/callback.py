@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any, get_args
 
 import lightning.pytorch as L
@@ -64,7 +65,7 @@ from lit_accel.resizing import (
     set_full_size,
 )
 from lit_accel.run_length import length_of_run
-from lit_accel.stored_state import require_readable
+from lit_accel.stored_state import primitives, require_readable
 
 _STATE_VERSION = 1
 
@@ -188,6 +189,7 @@ class MultiLevelTraining(PlannedLevels):
         self._given_size: Size | None = None
         self._loaded_rules: dict[str, Any] = {}
         self._start_size: Size | None = None
+        self._has_ended = False
         self._stored = StoredLevels(self.interpolation, self.optimizer_state, 0.02 if fresh_std is None else fresh_std)
         self._merger: MicroBatchMerger | None = None
         self._lr: LearningRateFactor | None = None
@@ -196,9 +198,13 @@ class MultiLevelTraining(PlannedLevels):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Plan the levels and refuse whatever could not work, before anything is trained."""
-        self.take_sizes(trainer, pl_module)
         if stage != "fit":
+            # Somebody may evaluate another module, of whose models nothing is known.
+            self.maps = []
+            with suppress(AnatomyError):
+                self.take_sizes(trainer, pl_module)
             return
+        self.take_sizes(trainer, pl_module)
         if trainer.global_step == 0:
             # What an earlier run of this callback has left; a checkpoint is loaded after this.
             self._stored.clear()
@@ -206,7 +212,12 @@ class MultiLevelTraining(PlannedLevels):
         self.schedule = ()
         prepare_run(trainer)
         check_trainer(trainer, pl_module, changes_lr=self._changes_lr)
-        check_merging(trainer, pl_module, [level.merge_batches for level in self.levels])
+        check_merging(
+            trainer,
+            pl_module,
+            [level.merge_batches for level in self.levels],
+            takes_iterator=_fetches_itself(pl_module),
+        )
         self._check_levels(pl_module)
         # Before a checkpoint is loaded, which is in the workers only.
         self._given_size = anatomy_of(find_transformer(pl_module)[1]).size
@@ -217,6 +228,11 @@ class MultiLevelTraining(PlannedLevels):
     def take_sizes(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the sizes of the levels from the model that is there; the same again where nothing has changed."""
         prepare_module(trainer, pl_module)
+        if self._has_ended and trainer.state.fn == TrainerFn.FITTING:
+            self._has_ended = False
+            if trainer.global_step == 0 and trainer.ckpt_path is None:
+                # What this one brings is small, too, whatever an earlier fit was given.
+                self._start_size = None
         self._plan_sizes(pl_module)
 
     def _plan_sizes(self, pl_module: L.LightningModule) -> None:
@@ -271,9 +287,9 @@ class MultiLevelTraining(PlannedLevels):
             learning_rate=self.learning_rate,
             changes_lr=self._changes_lr,
         )
-        # A resumed run has been through it. Where checkpoints are loaded later, the model is sharded by now: another
-        # size could only be built from a gathered copy.
-        if not (self.is_neutral or self._loaded_rules or trainer.strategy.restore_checkpoint_after_setup):
+        # Where checkpoints are loaded later, the model is sharded by now, and another size could only be built from a
+        # gathered copy.
+        if not (self.is_neutral or trainer.strategy.restore_checkpoint_after_setup):
             level = self._present_level(pl_module)
             step = self.maps[max(level - 1, 0)]
             rehearse_optimizers(trainer, pl_module, self._path, (step.large if level else step.small).size)
@@ -318,6 +334,7 @@ class MultiLevelTraining(PlannedLevels):
             if change is not None:
                 change.close()
         self._lr = self._merger = None
+        self._has_ended |= stage == "fit"
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave nothing behind either; Lightning does not call ``teardown`` then."""
@@ -352,8 +369,9 @@ class MultiLevelTraining(PlannedLevels):
     def _rehearse_step(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Try the first batch on a model of another width, where what lies outside of it may not fit that."""
         steps_itself = not pl_module.automatic_optimization
-        takes_iterator = is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)
-        if self.is_neutral or steps_itself or takes_iterator or trainer.strategy.restore_checkpoint_after_setup:
+        if self.is_neutral or steps_itself or _fetches_itself(pl_module):
+            return
+        if trainer.strategy.restore_checkpoint_after_setup:
             return
         smallest = self.maps[-1].small.size
         is_smallest = anatomy_of(find_transformer(pl_module)[1]).size == smallest
@@ -392,7 +410,7 @@ class MultiLevelTraining(PlannedLevels):
         self._announce_small(trainer, pl_module)
 
     def _announce_small(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == TrainerFn.FITTING or not self.maps:
             return
         level = self._present_level(pl_module)
         if level:
@@ -448,7 +466,13 @@ class MultiLevelTraining(PlannedLevels):
         )
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """See that the model of the present size is what is trained."""
+        """See that the model of the present size is what is trained, by an optimizer of its own."""
+        if not any(optimizer is own for own in trainer.optimizers):
+            raise MisconfigurationException(
+                f"The {type(optimizer).__name__} that is about to step was made before the model changed its size, and "
+                "has none of its parameters. In manual optimization call self.optimizers(), and self.lr_schedulers(), "
+                "in each training step; do not keep what they return."
+            )
         if self._replaced.is_unproven:
             self._replaced.look(find_transformer(pl_module)[1], self._path, optimizer)
 
@@ -471,13 +495,15 @@ class MultiLevelTraining(PlannedLevels):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the way up needs: stored weights, and moments where they are merged."""
-        return {
-            "version": _STATE_VERSION,
-            "maps": self._map_settings(),
-            "rules": self._rules(),
-            "schedule": self._phases(),
-            **self._stored.state_dict(),
-        }
+        return primitives(
+            {
+                "version": _STATE_VERSION,
+                "maps": self._map_settings(),
+                "rules": self._rules(),
+                "schedule": self._phases(),
+                **self._stored.state_dict(),
+            }
+        )
 
     def _phases(self) -> list[list[int]]:
         return [[phase.level, phase.start, phase.end] for phase in self.schedule]
@@ -510,4 +536,12 @@ class MultiLevelTraining(PlannedLevels):
         """
         require_readable(state_dict, self.state_dict(), "multi-level training")
         self._stored.load_state_dict(state_dict)
-        self._loaded_rules = {**state_dict["maps"], **state_dict["rules"], "phases": state_dict["schedule"]}
+        rules = {**state_dict["maps"], **state_dict["rules"], "phases": state_dict["schedule"]}
+        # One that was written before the phases had been placed, as a tuner's is, says nothing of them.
+        placed = rules if state_dict["schedule"] else rules.keys() - {"phases", "lr_scale"}
+        self._loaded_rules = {name: rules[name] for name in placed}
+
+
+def _fetches_itself(pl_module: L.LightningModule) -> bool:
+    """Whether the training step takes its batches from an iterator."""
+    return is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)

@@ -161,13 +161,16 @@ def check_trainer(trainer: L.Trainer, pl_module: L.LightningModule, *, changes_l
             )
 
 
-def check_merging(trainer: L.Trainer, pl_module: L.LightningModule, numbers: list[int]) -> None:
+def check_merging(
+    trainer: L.Trainer, pl_module: L.LightningModule, numbers: list[int], *, takes_iterator: bool
+) -> None:
     """Check that micro-batches can be merged as the levels ask for.
 
     Args:
         trainer: The Trainer.
         pl_module: Its module.
         numbers: How many micro-batches each smaller level merges.
+        takes_iterator: Whether the training step takes its batches from an iterator.
 
     Raises:
         MisconfigurationException: If they cannot.
@@ -184,6 +187,11 @@ def check_merging(trainer: L.Trainer, pl_module: L.LightningModule, numbers: lis
             raise MisconfigurationException(
                 "merge_batches needs automatic optimization: in manual optimization nobody but the module knows which "
                 "micro-batches make an optimizer step. Set merge_batches=1."
+            )
+        if number > 1 and takes_iterator:
+            raise MisconfigurationException(
+                "merge_batches hands the training step several micro-batches as one, and this one takes batches from a "
+                "dataloader_iter by itself. Give it the argument batch instead, or set merge_batches=1."
             )
 
 

@@ -51,9 +51,9 @@ from lit_accel.methods.token_dropping.refusals import (
 from lit_accel.methods.token_dropping.schedule import Compat, TokenSchedule
 from lit_accel.resizing import begin_anew, ensure_built, full_size
 from lit_accel.routing import routing_of
-from lit_accel.run_length import length_of_run
+from lit_accel.run_length import estimated_steps, length_of_run
 from lit_accel.schedules import num_steps_of
-from lit_accel.stored_state import require_readable
+from lit_accel.stored_state import primitives, require_readable
 
 _STATE_VERSION = 1
 _LEAST_SAVING = 0.03
@@ -209,8 +209,8 @@ class RandomLTD(PlannedTokens):
         if isinstance(self.growth, float):
             otherwise = ", or give growth as a number of optimizer steps"
             self.num_steps = length_of_run(trainer, type(self).__name__, otherwise)
-        elif trainer.estimated_stepping_batches not in (float("inf"), -1):
-            self.num_steps = int(trainer.estimated_stepping_batches)
+        else:
+            self.num_steps = estimated_steps(trainer)
         self.schedule = self._schedule_of(num_steps_of(self.growth, self.num_steps or 0) if self.drops else 0)
         if not self.drops:
             return
@@ -421,17 +421,20 @@ class RandomLTD(PlannedTokens):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, and the rules that they were made by."""
-        return {
-            "version": _STATE_VERSION,
-            "rules": self._rules(),
-            "total": self.total.to_state(),
-            "logged": self._books.logged.to_state(),
-        }
+        return primitives(
+            {
+                "version": _STATE_VERSION,
+                "rules": self._rules(),
+                "total": self.total.to_state(),
+                "logged": self._books.logged.to_state(),
+            }
+        )
 
     def _rules(self) -> dict[str, Any]:
         names = ("start_tokens", "quantum", "pinned", "scope", "keep_prefix", "max_lengths", "compat", "seed")
-        growth = None if self.schedule is None else self.schedule.growth_steps
-        return {**{name: getattr(self, name) for name in names}, "growth_steps": growth}
+        rules = {name: getattr(self, name) for name in names}
+        # Of a checkpoint that was written before it was known, as a tuner's is, nothing is compared.
+        return rules if self.schedule is None else {**rules, "growth_steps": self.schedule.growth_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the counts, and the rules for comparison.
