@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -123,8 +124,8 @@ def take_special_tokens(
 ) -> None:
     """Tell a model that was built with random weights which of its tokens begin, end and pad a text.
 
-    Its configuration names those of the vocabulary that its type was published with. What depends on them before any
-    text is generated, such as the row of an embedding that is not trained, stays as it was built.
+    Its configuration names those of the vocabulary that its type was published with, and the row of its embedding that
+    is not trained, where there is one, is that of another token.
 
     Args:
         model: The model.
@@ -136,10 +137,19 @@ def take_special_tokens(
     for name, token in ids.items():
         if name in given:
             continue
-        if model.generation_config is not None:
-            setattr(model.generation_config, name, token)
+        # Encoders have none.
+        if (generation := getattr(model, "generation_config", None)) is not None:
+            setattr(generation, name, token)
+        embedding = model.get_input_embeddings()
         if name != "pad_token_id":
             setattr(model.config, name, token)
+        elif embedding.padding_idx is not None and not _counts_from_padding(model):
+            embedding.padding_idx = model.config.pad_token_id = token
+
+
+def _counts_from_padding(model: PreTrainedModel) -> bool:
+    """Whether positions begin after the id of the padding, as RoBERTa's do: it is part of how the model is built."""
+    return any("padding_idx" in vars(module) for module in model.modules() if not isinstance(module, nn.Embedding))
 
 
 def _is_type(model: str) -> bool:

@@ -9,7 +9,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from lit_accel.anatomy import anatomy_of
 from lit_accel.data import TextDataModule
+from lit_accel.methods.multilevel import coalesce, level_map
 from lit_accel.schedules import warmup_decay_factor
 from lit_accel.tasks import CausalLM, MaskedLM, SavePretrained, WarmupDecay, weight_decay_groups
 
@@ -304,6 +306,26 @@ def test_a_new_model_knows_with_which_token_its_texts_end(model_type, tmp_path):
     torch.nn.init.zeros_(model.lm_head.weight)
     assert tokenizer.eos_token_id == 0
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).tolist() == [[5, 6, 7, 0]]
+
+
+@pytest.mark.parametrize(("model_type", "is_moved"), [("bert", True), ("roberta", False)])
+def test_only_the_row_of_the_padding_is_not_trained(model_type, is_moved, tmp_path):
+    """BERT's first row is its padding's, and with the tokenizer of the data that of the end of a text."""
+    shape = {**BERT, "max_position_embeddings": 18}
+    task = MaskedLM(model_type, overrides=shape, vocab_size=300)
+    data = text_of(tmp_path, objective="masked")
+    make_trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(task, data)
+    embedding, pad = task.model.get_input_embeddings(), data.tokenizer.pad_token_id
+    assert embedding.padding_idx == task.model.config.pad_token_id == (pad if is_moved else 1)
+    assert data.tokenizer.eos_token_id == 0
+    task.model.zero_grad()
+    ids = torch.arange(8)[None]
+    task.model.base_model(input_ids=ids).last_hidden_state.square().mean().backward()
+    has_gradient = embedding.weight.grad[:8].abs().sum(-1) > 0
+    assert [row for row, trained in enumerate(has_gradient.tolist()) if not trained] == [embedding.padding_idx]
+    # Of another size it is the same row.
+    small = coalesce(task.model, level_map(anatomy_of(task.model)))
+    assert small.get_input_embeddings().padding_idx == embedding.padding_idx
 
 
 def test_special_tokens_that_somebody_chose_stay(tmp_path):
