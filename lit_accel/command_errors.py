@@ -23,7 +23,11 @@ _OURS = (MisconfigurationException, AnatomyError, PlanError)
 _ANSWERS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
 
 # Where Lightning checks what a Trainer was given. What it raises elsewhere may speak of a user's own code.
-_CHECKS_OF_LIGHTNING = ("lightning.pytorch.trainer.connectors", "lightning.pytorch.loops.fit_loop")
+_CHECKS_OF_LIGHTNING = (
+    "lightning.pytorch.trainer.connectors",
+    "lightning.pytorch.loops.fit_loop",
+    "lightning.fabric.utilities.seed",
+)
 
 
 @contextmanager

@@ -55,6 +55,9 @@ def check_order(arguments: Sequence[str], subcommands: Collection[str]) -> None:
     Raises:
         ValueError: If one is.
     """
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in subcommands:
+        # One that is misspelt: the parser says so.
+        return
     called = next((place for place, argument in enumerate(arguments) if argument in subcommands), len(arguments))
     for given in config_files(arguments[:called]):
         path = Path(given).expanduser()

@@ -182,6 +182,12 @@ def _sentence(finding: Finding, known: list[str]) -> str:
             return f"{key}: {finding.owner.rpartition('.')[2]} needs {match['names']}, which is missing."
         first = first.partition(".")[2] or first
         return f"{first} is missing. Give a --config file that has it, or --{first} itself."
+    if finding.expects == "null":
+        # Of what else it may be, a class or a list of them, the parser says nothing.
+        return (
+            f"{key} is {_short(given)}, which is none that is known. A class is given by its import path, such as "
+            "lit_accel.tasks.CausalLM or lit_accel.RandomLTD, or by a mapping with its class_path and init_args."
+        )
     if finding.expects is not None:
         return f"{key} is {_short(given)}; it must be {finding.expects}."
     return f"{key}: {text}" if key else text

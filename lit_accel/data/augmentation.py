@@ -165,7 +165,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         darkest, brightest = cast(tuple[float, float], image.getextrema())
-        if darkest < 0 or brightest > 255:
+        # Of numbers with a fraction, 1 is white for some and nearly black for others.
+        if darkest < 0 or brightest > 255 or (image.mode == "F" and 0 < brightest <= 1):
             raise ValueError(
                 f"an image of Pillow's mode {image.mode!r} has values from {darkest:g} to {brightest:g}, and nothing"
                 " says which of them is white; save it with 8 bits, or with 16 as a PNG"

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lit_accel.data.idx import read_idx
-from lit_accel.data.sources import open_dataset
+from lit_accel.data.sources import open_dataset, visible_files
 from lit_accel.draws import generator
 
 KINDS = (
@@ -199,6 +199,11 @@ class DatasetImages:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         row = self.dataset[index]
+        if row[self.image_column] is None:
+            raise ValueError(
+                f"row {index} has no image in the column {self.image_column!r}; leave such rows out with"
+                f" dataset.filter(lambda row: row[{self.image_column!r}] is not None)"
+            )
         return row[self.image_column], int(row[self.label_column])
 
     def fingerprint(self) -> str:
@@ -244,6 +249,11 @@ def open_images(
         train = DatasetImages(open_dataset(name, dataset_config, split), image_column, label_column)
         if val_split is None:
             return _split(train, val_fraction)
+        if val_split == split:
+            raise ValueError(
+                f"split and val_split are both {split!r}: what is trained on cannot be held out; name another one, or"
+                " leave val_split out to hold out a share"
+            )
         val = DatasetImages(open_dataset(name, dataset_config, val_split), image_column, label_column)
         if list(val.class_names) != list(train.class_names[: len(val.class_names)]):
             raise ValueError(f"split {val_split!r} has other classes than split {split!r}")
@@ -345,13 +355,8 @@ def _image_names(root: Path, class_name: str) -> list[str]:
     """Paths of the images of a class, also in folders inside of it, relative to the root."""
     from timm.data import is_img_extension  # timm takes a second to import, and text needs none of it
 
-    names = []
-    for folder, inside, files in os.walk(root / class_name, followlinks=True):
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        relative = Path(folder).relative_to(root)
-        visible = sorted(file for file in files if not file.startswith("."))
-        names += [str(relative / file) for file in visible if is_img_extension(Path(file).suffix.lower())]
-    return names
+    files = visible_files(root / class_name)
+    return [str(file.relative_to(root)) for file in files if is_img_extension(file.suffix.lower())]
 
 
 def _digest(*parts: bytes) -> str:

@@ -133,7 +133,8 @@ def open_source(
     Args:
         source: "stdlib"; or "hf:NAME", where NAME is a folder written by `save_to_disk` if there is one, and a
             name on the hub otherwise; or a path to a text file or a folder. A folder called `stdlib` is "./stdlib".
-        file_pattern: Which files of a folder to read, also in folders inside of it.
+        file_pattern: Which files of a folder to read, also in folders inside of it. Those whose names begin with a
+            dot, or lie in a folder whose name does, are left out: they are of programs.
         text_column: Column of a dataset.
         dataset_config: Configuration of a dataset on the hub.
         split: Split of a dataset.
@@ -153,13 +154,41 @@ def open_source(
         raise ValueError(f"source={source!r} is no file or folder; it must be {KINDS}")
     if _is_saved_dataset(path):
         raise ValueError(f'source={source!r} was written by Dataset.save_to_disk; say so with source="hf:{source}"')
-    paths = sorted(found for found in path.rglob(file_pattern) if found.is_file())
+    try:
+        # A pattern may go through any number of folders.
+        deep = set(path.rglob(file_pattern)) if "**" in file_pattern else set()
+        paths = sorted(
+            found for found in visible_files(path) if found in deep or found.relative_to(path).match(file_pattern)
+        )
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"file_pattern={file_pattern!r} is no pattern ({error}); set it to what the files are called, such as"
+            ' "*.txt", or with folders inside of the source, such as "docs/*.md"'
+        ) from error
     if not paths:
         raise ValueError(
             f"no file in source={source!r} matches file_pattern={file_pattern!r}; set file_pattern to what its files"
             ' are called, such as "*.md"'
         )
     return FileSource(path, paths)
+
+
+def visible_files(root: Path) -> Iterator[Path]:
+    """Yields the files of a folder and of those inside of it, linked ones too, but for hidden ones.
+
+    Args:
+        root: The folder.
+    """
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        # A link may lead back to where it lies.
+        if (real := os.path.realpath(folder)) in seen:
+            folders[:] = []
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = (Path(folder, name) for name in sorted(files) if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())
 
 
 def _stdlib() -> FileSource:
@@ -220,6 +249,11 @@ def open_dataset(name: str, config: str | None, split: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is a damaged dataset ({error}); save it again with Dataset.save_to_disk") from error
     if not isinstance(dataset, datasets.DatasetDict):
+        if split != "train":
+            raise ValueError(
+                f'"hf:{name}" holds one dataset and no splits, so there is none that is {split!r}; leave the split out,'
+                " or save a datasets.DatasetDict of several"
+            )
         return dataset
     if split not in dataset:
         raise ValueError(f'"hf:{name}" has no split {split!r}; set split to one of {list(dataset)}')

@@ -103,6 +103,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             " save it with a tokenizer.json, or use another one"
         )
     end_of_text_id(tokenizer)
+    if num_ids(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # Of a folder that save_pretrained of a model wrote, transformers makes one that knows no text.
+        raise ValueError(
+            f"tokenizer={name!r} has special tokens and no others, so that nothing of a text would be left; save a"
+            " tokenizer there with tokenizer.save_pretrained(folder), or use another one"
+        )
     return tokenizer
 
 

@@ -39,8 +39,8 @@ class Method(L.Callback, ABC):
     """Whether its decisions depend on measurements of the model, which a plan cannot know."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the coordinator of the last run, which belongs to its Trainer: the next one brings its own."""
-        return {name: value for name, value in vars(self).items() if name != "_coordinator"}
+        """Leave out what belongs to the Trainer and the module of the last run: the next one brings its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("_coordinator", "_start_of")}
 
     @property
     @abstractmethod

@@ -170,15 +170,15 @@ def require_counted_steps(trainer: L.Trainer, method: str) -> None:
         MisconfigurationException: If each of several optimizers steps by itself, or the module steps when it likes, in
             a run whose length is in epochs.
     """
-    if not trainer.lightning_module.automatic_optimization and trainer.max_epochs != -1:
-        raise MisconfigurationException(
-            f"{method} places its schedule by optimizer steps. In manual optimization nobody but the module knows "
-            "which batches make one, and the length of the run in epochs says nothing of their number. Give the "
-            "Trainer max_steps and max_epochs=-1."
-        )
     if len(trainer.optimizers) > 1 and trainer.max_epochs != -1:
         raise MisconfigurationException(
             f"{method} places its schedule by optimizer steps. There are {len(trainer.optimizers)} optimizers, and the "
             "length of the run in epochs says nothing of how often each of them steps. Give the Trainer max_steps, "
             "which counts the steps of all of them, and max_epochs=-1."
+        )
+    if not trainer.lightning_module.automatic_optimization and trainer.max_epochs != -1:
+        raise MisconfigurationException(
+            f"{method} places its schedule by optimizer steps. In manual optimization nobody but the module knows "
+            "which batches make one, and the length of the run in epochs says nothing of their number. Give the "
+            "Trainer max_steps and max_epochs=-1."
         )

@@ -13,8 +13,8 @@ import numpy as np
 from lit_accel.compute.table import FILE_NAME, Ledger, read_ledger
 
 # Folders that say nothing about what was run: a logger's versions, its default name, a seed of its own folder.
-_MEANINGLESS = re.compile(r"version_\d+|lightning_logs|s(eed)?[_-]?\d+", re.IGNORECASE)
-_SEED_MARKER = re.compile(r"[_.-]s(eed)?[_-]?\d+$", re.IGNORECASE)
+_MEANINGLESS = re.compile(r"version_\d+|lightning_logs|seed[_-]?\d+", re.IGNORECASE)
+_SEED_MARKER = re.compile(r"[_.-]seed[_-]?\d+$", re.IGNORECASE)
 _HIGHER_IS_BETTER = re.compile(
     r"(^|[^a-z0-9])(acc|accuracy|top\d+|f1|auc|auroc|precision|recall|bleu|rouge\w*|iou|dice|r2|score)\d*($|[^a-z0-9])",
     re.IGNORECASE,
@@ -109,7 +109,7 @@ def find_runs(paths: Sequence[str | Path], metric: str) -> tuple[list[Run], list
         ReportError: If a path does not exist, holds no ledger or a file that is none, if the metric is one that is
             better when higher, or if no run has it.
     """
-    if _HIGHER_IS_BETTER.search(metric):
+    if _HIGHER_IS_BETTER.search(metric) and not metric.lower().endswith("loss"):
         raise ReportError(
             f"{metric} looks like a metric that is better when higher. Savings are read at equal loss: give a loss "
             "with --metric, such as val/loss."
@@ -131,7 +131,7 @@ def find_runs(paths: Sequence[str | Path], metric: str) -> tuple[list[Run], list
     for key, file in files.items():
         try:
             ledger = read_ledger(file)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ReportError(f"{file} cannot be read as a compute ledger: {error}") from error
         known |= set(ledger.metrics)
         run = Run(labels[key], file.parent, metric, ledger)
@@ -149,6 +149,12 @@ def find_runs(paths: Sequence[str | Path], metric: str) -> tuple[list[Run], list
         raise ReportError(" ".join(left_out))
     kept: list[Run] = []
     for run in runs:
+        if (same := next((one for one in kept if _is_again(run, one)), None)) is not None:
+            left_out.append(
+                f"{run.folder} was left out: it is {same.folder} again, to the last digit of its losses, and no other "
+                "seed."
+            )
+            continue
         longer, sentence = _goes_on_in(run, runs)
         if longer is None:
             kept.append(run)
@@ -166,6 +172,19 @@ def default_label(file: Path) -> str:
         return _SEED_MARKER.sub("", file.stem)
     names = [name for name in file.resolve().parent.parts[1:] if not _MEANINGLESS.fullmatch(name)]
     return _SEED_MARKER.sub("", names[-1]) if names else "run"
+
+
+def _is_again(run: Run, other: Run) -> bool:
+    """Whether a run of an arm is another one of it, made anew with the same seed."""
+    return run.label == other.label and all(
+        np.array_equal(one, of_other, equal_nan=True)
+        for one, of_other in (
+            (run.ledger.step, other.ledger.step),
+            (run.ledger.flops, other.ledger.flops),
+            (run.ledger.dense_flops, other.ledger.dense_flops),
+            (run.ledger.metrics[run.metric], other.ledger.metrics[other.metric]),
+        )
+    )
 
 
 def _goes_on_in(run: Run, others: Sequence[Run]) -> tuple[Run | None, str]:

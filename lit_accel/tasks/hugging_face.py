@@ -69,6 +69,8 @@ def build_transformer(
     """
     if not isinstance(model, str) or not model:
         raise ValueError(f"model is {model!r}; it is a model type such as 'gpt2', a folder, or a name on the hub.")
+    if model.startswith("~"):
+        model = str(Path(model).expanduser())
     if vocab_size is not None:
         require_whole("vocab_size", vocab_size, 1)
     fields = dict(overrides or {})

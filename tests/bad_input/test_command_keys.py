@@ -70,7 +70,7 @@ ROWS = [
     wrong(
         "an argument of fit for validate",
         "--trainer.callbacks.nope=3",
-        "trainer.callbacks is '3'; it must be null.",
+        "trainer.callbacks is '3', which is none that is known. A class is given by its import path",
         subcommand="validate",
     ),
     # Types
@@ -162,7 +162,11 @@ ROWS = [
         "--model=my_modle.Net",
         "model: my_modle.Net cannot be imported, since there is no module my_modle.",
     ),
-    wrong("a model class without its module", "--model=CausalML", "model is 'CausalML'; it must be null."),
+    wrong(
+        "a model class without its module",
+        "--model=CausalML",
+        "model is 'CausalML', which is none that is known. A class is given by its import path",
+    ),
     wrong(
         "a model that is no LightningModule",
         "--model=torch.nn.Linear",

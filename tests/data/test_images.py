@@ -209,6 +209,14 @@ def test_grey_images_of_sixteen_bits_keep_their_shades():
         eight_bits(Image.fromarray(ramp.astype(np.int32)))
 
 
+def test_what_is_white_in_numbers_with_a_fraction_must_be_known():
+    shades = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    with pytest.raises(ValueError, match="which of them is white"):
+        eight_bits(Image.fromarray(shades))
+    for known in (shades * 255, shades * 0):
+        assert eight_bits(Image.fromarray(known)).mode == "F"
+
+
 def test_images_of_sixteen_bits_in_a_folder(tmp_path):
     for name in ("ant", "bee"):
         (tmp_path / name).mkdir()
@@ -362,6 +370,32 @@ def test_a_dataset_on_disk(tmp_path, label):
     assert (len(halved.dataset("train")), len(halved.dataset("val"))) == (4, 4)
 
 
+def test_a_dataset_without_splits_is_not_its_own_held_out_part(tmp_path):
+    make_dataset().save_to_disk(tmp_path / "set")
+    for arguments in ({"val_split": "validation"}, {"split": "train[:50%]"}):
+        with pytest.raises(ValueError, match="holds one dataset and no splits"):
+            prepared(source=f"hf:{tmp_path / 'set'}", **COLUMNS, **arguments)
+    assert len(prepared(source=f"hf:{tmp_path / 'set'}", val_fraction=0.25, **COLUMNS).dataset("val")) == 2
+
+
+def test_a_row_without_an_image_is_named(tmp_path):
+    rows = {"picture": [Image.new("L", (6, 6)), None] * 4, "kind": [0, 1] * 4}
+    features = Features({"picture": ImageFeature(), "kind": ClassLabel(names=["ant", "bee"])})
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+    data = prepared(source=f"hf:{tmp_path / 'set'}", val_fraction=0.5, **COLUMNS)
+    with pytest.raises(ValueError, match=r"row \d has no image in the column 'picture'"):
+        list(data.train_dataloader())
+
+
+def test_a_folder_that_leads_back_to_itself_is_read_once(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / name / "0.png")
+        (tmp_path / name / "back").symlink_to(tmp_path / name)
+    data = prepared(source=str(tmp_path), batch_size=1, val_fraction=0.5)
+    assert len(data.dataset("train")) + len(data.dataset("val")) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -370,6 +404,7 @@ def test_a_dataset_on_disk(tmp_path, label):
         ({"image_column": "kind"}, "not an image"),
         ({"label_column": "picture"}, "class_encode_column"),
         ({"val_split": "test"}, "has no split"),
+        ({"val_split": "train"}, "both 'train'"),
     ],
 )
 def test_columns_of_the_wrong_kind(tmp_path, arguments, message):

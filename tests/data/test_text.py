@@ -11,11 +11,12 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from lit_accel.data import TextDataModule
 from lit_accel.data.corpus import find_border
 from lit_accel.data.masking import mask_tokens
+from lit_accel.data.sources import open_source
 from lit_accel.data.tokenizers import BYTES_VOCAB_SIZE, byte_tokenizer, train_bpe
 from lit_accel.data.windows import EvaluationSampler, TokenWindows, TrainingSampler
 from lit_accel.draws import generator
@@ -299,3 +300,58 @@ def test_a_missing_column(tmp_path, cache):
     Dataset.from_dict({"words": PROSE}).save_to_disk(tmp_path / "set")
     with pytest.raises(ValueError, match=r"text_column to one of \['words'\]"):
         prepared(cache, source=f"hf:{tmp_path / 'set'}")
+
+
+def test_a_dataset_without_splits_has_none_to_choose(tmp_path, cache):
+    """Whatever was asked for, all of it would be read."""
+    Dataset.from_dict({"text": ["some text " * 20] * 40}).save_to_disk(tmp_path / "set")
+    source = f"hf:{tmp_path / 'set'}"
+    with pytest.raises(ValueError, match=r"holds one dataset and no splits.*'train\[:10%\]'"):
+        prepared(cache, source=source, split="train[:10%]")
+    prepared(cache, source=source)
+
+
+def test_hidden_files_are_not_read_and_linked_ones_are(tmp_path, cache):
+    root, elsewhere = tmp_path / "notes", tmp_path / "elsewhere"
+    for folder, letter in ((root, "a"), (root / ".ipynb_checkpoints", "b"), (root / "inside" / ".git", "c")):
+        folder.mkdir(parents=True)
+        (folder / "text.txt").write_text(letter * 3000)
+    (root / ".hidden.txt").write_text("d" * 3000)
+    elsewhere.mkdir()
+    (elsewhere / "text.txt").write_text("e" * 3000)
+    (root / "linked").symlink_to(elsewhere)
+    (root / "inside" / "back").symlink_to(root)
+    source = open_source(str(root))
+    assert [piece.text[0] for piece in source.pieces()] == ["e", "a"]
+    assert prepared(cache, source=str(root)).vocab_size
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("*.txt", ["a.txt", "docs/b.txt", "docs/deep/c.txt"]),
+        ("docs/*.txt", ["docs/b.txt"]),
+        ("**/*.txt", ["a.txt", "docs/b.txt", "docs/deep/c.txt"]),
+        ("docs/**/*.txt", ["docs/b.txt", "docs/deep/c.txt"]),
+    ],
+)
+def test_patterns_of_files_are_those_of_paths(pattern, found, tmp_path):
+    for name in ("a.txt", "docs/b.txt", "docs/deep/c.txt", "docs/other.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert [str(path.relative_to(tmp_path)) for path in open_source(str(tmp_path), file_pattern=pattern).paths] == found
+
+
+@pytest.mark.parametrize("pattern", ["", "/abs/*.txt", "/abs/**/*.txt"])
+def test_patterns_that_are_none_say_so(pattern, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"is no pattern|set file_pattern to what"):
+        open_source(str(tmp_path), file_pattern=pattern)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bert", "qwen2"])
+def test_a_folder_of_a_model_has_no_tokenizer(model_type, tmp_path, cache):
+    """transformers makes an empty one of its configuration, with which a text has no tokens and a run no loss."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"special tokens and no others.*tokenizer\.save_pretrained"):
+        prepared(cache, tokenizer=str(tmp_path / "model"))

@@ -36,7 +36,7 @@ def write_ledger(folder, flops, loss, *, dense_flops=None, seconds=None, tokens=
     return folder
 
 
-def write_dense(folder, budgets=(0.5, 1, 2, 4), num_seeds=3, deviation=0.0, seed=0):
+def write_dense(folder, budgets=(0.5, 1, 2, 4), num_seeds=3, deviation=1e-9, seed=0):
     """Dense runs, each token of which costs the same."""
     rng = np.random.default_rng(seed)
     for number in range(num_seeds):
@@ -46,7 +46,7 @@ def write_dense(folder, budgets=(0.5, 1, 2, 4), num_seeds=3, deviation=0.0, seed
             write_ledger(folder / f"dense_seed{number}" / f"version_{index}", flops, loss, tokens=round(flops / 1e9))
 
 
-def write_arm(folder, label, budget, saving, *, slow_down=1.0, num_seeds=3, deviation=0.0, seed=1, sizes=(1000,)):
+def write_arm(folder, label, budget, saving, *, slow_down=1.0, num_seeds=3, deviation=1e-9, seed=1, sizes=(1000,)):
     """An arm that has the full-size model's tokens at a budget of 80 % of it, and saves so much at equal loss."""
     rng = np.random.default_rng(seed)
     flops = budget * REFERENCE

@@ -19,7 +19,8 @@ LOSS = "val/loss"
     [
         ("runs/dense/version_0", "dense"),
         ("runs/dense_seed3/version_12", "dense"),
-        ("runs/dense-s3/version_0", "dense"),
+        ("runs/dense-seed3/version_0", "dense"),
+        ("runs/vit_s16/version_0", "vit_s16"),
         ("runs/dense_seed_3", "dense"),
         ("runs/random-LTD/seed3/version_0", "random-LTD"),
         ("runs/dense/lightning_logs/version_2", "dense"),
@@ -147,6 +148,27 @@ def test_runs_that_cost_what_they_would_have_cost_are_dense(tmp_path):
     assert [len(budget) for budget in made["dense"].budgets] == [3, 3, 3, 3]
     assert warnings == []
     assert next(iter(made)) == "dense"
+
+
+def test_the_same_run_again_is_no_other_seed(tmp_path):
+    """Its loss scatters by nothing, which would be taken for how little seeds scatter."""
+    write_arm(tmp_path, "method", 1.5, 0.1, num_seeds=2, deviation=0.01)
+    write_arm(tmp_path / "again", "method", 1.5, 0.1, num_seeds=1, deviation=0.01)
+    runs, (said,) = find_runs([tmp_path], LOSS)
+    assert len(runs) == 2
+    assert "was left out: it is" in said
+    assert "again, to the last digit of its losses, and no other seed" in said
+    # Of another arm it may well be the same.
+    write_arm(tmp_path / "again", "other", 1.5, 0.1, num_seeds=1, deviation=0.01)
+    assert len(find_runs([tmp_path], LOSS)[0]) == 3
+
+
+def test_a_metric_that_is_a_loss_by_name_is_lower_when_better(tmp_path):
+    with pytest.raises(ReportError, match="better when higher"):
+        find_runs([tmp_path], "val/dice")
+    write_arm(tmp_path, "method", 1.5, 0.1)
+    with pytest.raises(ReportError, match="No run has the metric val/dice_loss"):
+        find_runs([tmp_path], "val/dice_loss")
 
 
 def test_a_method_that_does_nothing_can_be_told_from_dense_runs(tmp_path):

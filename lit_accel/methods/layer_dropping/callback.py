@@ -207,8 +207,11 @@ class LayerDropping(Method):
 
     def _take(self, anatomy: Anatomy) -> None:
         self.anatomy, self._costs = anatomy, None
+        self.units = self._units_of(anatomy)
+
+    def _units_of(self, anatomy: Anatomy) -> list[int]:
         drops = self.drops and self._coordinator.drops_from(anatomy)
-        self.units = droppable_blocks(anatomy, self.pinned, type(self).__name__) if drops else []
+        return droppable_blocks(anatomy, self.pinned, type(self).__name__) if drops else []
 
     def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the length of the run, and refuse what does not fit it."""

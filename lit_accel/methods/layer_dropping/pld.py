@@ -179,13 +179,15 @@ class ProgressiveLayerDropping(LayerDropping):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that no step is left without a gradient, and intercept the blocks."""
-        if self.units:
-            transformer = find_transformer(pl_module)[1]
-            last = zip(self.units, keep_probabilities(self.theta, len(self.units), self.convention), strict=True)
+        transformer = find_transformer(pl_module)[1]
+        # Of a run that goes on in mid-way, those of the size that it has by now.
+        anatomy = anatomy_of(transformer)
+        if units := self._units_of(anatomy):
+            last = zip(units, keep_probabilities(self.theta, len(units), self.convention), strict=True)
             least = {unit: p for unit, p in last if p < 1}
             # The other sampler keeps as many as are expected, rounded down or up.
             num_kept = 0 if self.sampler == "bernoulli" else math.floor(math.fsum(least.values()))
-            require_gradient(pl_module, transformer, anatomy_of(transformer), list(least), len(least) - num_kept)
+            require_gradient(pl_module, transformer, anatomy, list(least), len(least) - num_kept)
         super().on_train_start(trainer, pl_module)
 
     def theta_at(self, step: int) -> float:

@@ -191,9 +191,10 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See that what is measured is there, and intercept the blocks."""
-        if self.units and self.estimator == "taylor":
-            transformer = find_transformer(pl_module)[1]
-            require_gradients_of_all(transformer, anatomy_of(transformer), self.units, type(self).__name__)
+        transformer = find_transformer(pl_module)[1]
+        anatomy = anatomy_of(transformer)
+        if self.estimator == "taylor" and (units := self._units_of(anatomy)):
+            require_gradients_of_all(transformer, anatomy, units, type(self).__name__)
         super().on_train_start(trainer, pl_module)
 
     # Keep probabilities

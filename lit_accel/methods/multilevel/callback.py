@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from contextlib import suppress
 from typing import Any, get_args
 
@@ -114,6 +115,9 @@ class MultiLevelTraining(PlannedLevels):
         Trainer(strategy="resizable", max_steps=10_000, callbacks=[MultiLevelTraining()])
     """
 
+    #: The module whose size that is, with which the run began.
+    _start_of: weakref.ref[L.LightningModule] | None = None
+
     def __init__(
         self,
         levels: list[Level] | None = None,
@@ -189,7 +193,6 @@ class MultiLevelTraining(PlannedLevels):
         self._given_size: Size | None = None
         self._loaded_rules: dict[str, Any] = {}
         self._start_size: Size | None = None
-        self._has_ended = False
         self._stored = StoredLevels(self.interpolation, self.optimizer_state, 0.02 if fresh_std is None else fresh_std)
         self._merger: MicroBatchMerger | None = None
         self._lr: LearningRateFactor | None = None
@@ -228,11 +231,9 @@ class MultiLevelTraining(PlannedLevels):
     def take_sizes(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the sizes of the levels from the model that is there; the same again where nothing has changed."""
         prepare_module(trainer, pl_module)
-        if self._has_ended and trainer.state.fn == TrainerFn.FITTING:
-            self._has_ended = False
-            if trainer.global_step == 0 and trainer.ckpt_path is None:
-                # What this one brings is small, too, whatever an earlier fit was given.
-                self._start_size = None
+        if trainer.state.fn == TrainerFn.FITTING and (self._start_of is None or self._start_of() is not pl_module):
+            # What this module brings is small, too, whatever an earlier one brought.
+            self._start_of, self._start_size = weakref.ref(pl_module), None
         self._plan_sizes(pl_module)
 
     def _plan_sizes(self, pl_module: L.LightningModule) -> None:
@@ -334,7 +335,6 @@ class MultiLevelTraining(PlannedLevels):
             if change is not None:
                 change.close()
         self._lr = self._merger = None
-        self._has_ended |= stage == "fit"
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave nothing behind either; Lightning does not call ``teardown`` then."""
