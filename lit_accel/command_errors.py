@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -21,6 +22,9 @@ from lit_accel.planning import PlanError
 _OURS = (MisconfigurationException, AnatomyError, PlanError)
 # What code raises on purpose; others, such as AssertionError, are faults wherever they come from.
 _ANSWERS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
+_OF_A_WORKER = re.compile(
+    r"Caught (?P<kind>\w+) in DataLoader worker process \d+\.\nOriginal (?P<trace>Traceback.*)", re.DOTALL
+)
 
 # Where Lightning checks what a Trainer was given. What it raises elsewhere may speak of a user's own code.
 _CHECKS_OF_LIGHTNING = (
@@ -61,6 +65,8 @@ def answer(error: BaseException) -> str | None:
         return f"The checkpoint does not fit the model: {first.rstrip('.')}{more}. Give the checkpoint of this model."
     if is_raised_by(error, "jsonargparse"):
         return readable(str(error))
+    if (said := _said_by_worker(error)) is not None:
+        return _in_one_paragraph(said)
     is_ours = any(is_raised_by(error, package) for package in ("lit_accel", *_CHECKS_OF_LIGHTNING))
     return _in_one_paragraph(str(error)) if is_ours else None
 
@@ -80,6 +86,17 @@ def is_raised_by(error: BaseException, package: str) -> bool:
     module = str(trace.tb_frame.f_globals.get("__name__", ""))
     operation = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]]
     return (module == package or module.startswith(f"{package}.")) and operation == "RAISE_VARARGS"
+
+
+def _said_by_worker(error: BaseException) -> str | None:
+    """Return what a ``raise`` of ours has said in a process that loads data, of which torch hands on the traceback."""
+    match = _OF_A_WORKER.match(str(error))
+    if match is None:
+        return None
+    frames = re.findall(r'^  File "(.+)", line \d+', match["trace"], re.MULTILINE)
+    is_ours = bool(frames) and "lit_accel" in Path(frames[-1]).parts
+    said = match["trace"].rpartition(f"\n{match['kind']}: ")[2]
+    return said if is_ours else None
 
 
 def _without_parser(error: Exception) -> BaseException:

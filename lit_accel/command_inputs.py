@@ -16,6 +16,7 @@ import torch
 import yaml
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -225,7 +226,15 @@ def check_same_model(checkpoint: Mapping[str, Any], model: Mapping[str, Any]) ->
     defaults = _defaults(str(model.get("class_path")))
     for name in stored.keys() & given.keys():
         value, was = given[name], stored[name]
-        if value not in (None, was, defaults.get(name)) and list(_flat(value)) != list(_flat(was)):
+        if value is None or list(_flat(value)) == list(_flat(was)):
+            continue
+        if value == defaults.get(name):
+            # Nobody knows whether it was given.
+            rank_zero_warn(
+                f"model.{name} is {value!r}, its default, and the checkpoint was trained with {was!r}, which holds. "
+                "Give the configuration that it was trained with, which lies in the folder of its run."
+            )
+        else:
             raise MisconfigurationException(
                 f"model.{name} is {value!r}, and the checkpoint was trained with {was!r}, which would hold. Give the "
                 "configuration that it was trained with, or start a new run without --ckpt_path."

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel
 
 from lit_accel.cli import LitAccelCLI, main
+from lit_accel.command_inputs import check_same_model
 from lit_accel.compute import read_ledger
 from lit_accel.tasks import CausalLM
 
@@ -392,3 +393,21 @@ def test_without_a_subcommand_all_of_them_are_listed(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert all(f"    {name} " in text for name in ("fit", "validate", "test", "predict", "plan"))
+
+
+def test_a_default_that_a_checkpoint_overrules_is_said():
+    """The command cannot know whether it was given, or is what nobody has said."""
+    model = {"class_path": "lit_accel.tasks.ImageClassification", "init_args": {"mixup": 0.0, "label_smoothing": 0.1}}
+    checkpoint = {"hyper_parameters": {"mixup": 0.8, "label_smoothing": 0.1}}
+    with pytest.warns(UserWarning, match=r"model.mixup is 0.0, its default.*trained with 0.8, which holds"):
+        check_same_model(checkpoint, model)
+    with pytest.raises(MisconfigurationException, match="which would hold"):
+        check_same_model(checkpoint, {**model, "init_args": {"mixup": 0.4}})
+
+
+def test_a_folder_may_be_written_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    task = CausalLM("gpt2", overrides={"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16}, vocab_size=61)
+    task.model.save_pretrained(tmp_path / "gpt")
+    again = CausalLM("~/gpt", vocab_size=61)
+    assert all(torch.equal(one, other) for one, other in zip(task.parameters(), again.parameters(), strict=True))

@@ -97,6 +97,15 @@ ROWS = [
         },
     ),
     image(
+        "an image that is none, read by another process",
+        ("--data.source=bad", "--data.num_workers=1"),
+        "bad/cats/5.png is no image that can be read (cannot identify image file",
+        files={
+            **{f"bad/cats/{i}.png": b"no image" for i in range(8)},
+            **{f"bad/dogs/{i}.png": b"no image" for i in range(8)},
+        },
+    ),
+    image(
         "an image that is cut off",
         "--data.source=cut",
         "cut/cats/5.png is no image that can be read (image file is truncated);",

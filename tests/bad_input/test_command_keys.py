@@ -37,6 +37,14 @@ ROWS = [
         "There is no argument trainer.max_stpes. Did you mean trainer.max_steps?",
     ),
     wrong("an unknown option of the command", "--sed=3", "There is no argument sed."),
+    wrong("a seed that is none", "--seed_everything=-1", "-1 is not in bounds, numpy accepts from 0 to", code=1),
+    alone(
+        "a subcommand that is misspelt",
+        ("fitt", "--config", "good.yaml"),
+        "fitt",
+        subcommand=None,
+        files={"good.yaml": "trainer: {max_steps: 1}"},
+    ),
     wrong(
         "an unknown argument of the model",
         "--model.init_args.modle=gpt2",
