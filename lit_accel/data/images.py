@@ -51,7 +51,8 @@ class ImageDataModule(ResumableDataModule):
             `pip install "lit-accel[hub]"`. Anything else is the path of a folder: with folders train and val in it,
             each of which has one folder for each class; or with one folder for each class.
         image_size: Height and width of the images that the model gets, in pixels.
-        in_chans: 1 for grey images, 3 for red, green and blue. Grey sources repeat theirs.
+        in_chans: 1 for grey images, 3 for red, green and blue. Grey sources repeat theirs. Transparency is
+            dropped: what was saved beneath it shows.
         batch_size: Images in a batch of one process.
         crop_scale: Smallest and largest share of the image's area that a training crop shows.
         crop_ratio: Smallest and largest ratio of the crop's sides, relative to a square.
