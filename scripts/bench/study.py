@@ -148,7 +148,15 @@ GPT = Rung(
 )
 
 DENSE = Arm("dense", "dense", role="dense")
-HALF_LR = Arm("half-lr", "dense, half the learning rate", role="control", lr_of=DENSE_RATES, lr_factor=0.5)
+HALF_LR = Arm(
+    "half-lr",
+    "dense, half the learning rate",
+    role="control",
+    lr_of=DENSE_RATES,
+    lr_factor=0.5,
+    # Raised from three on 2026-11-23, once, after it had nearly been seen at the second budget; see the protocol.
+    seeds=DENSE_SEEDS,
+)
 _UNSCALED = Arm(
     "dropping-unscaled",
     "layer dropping, decreasing, unscaled",
@@ -321,7 +329,7 @@ BERT = Rung(
 )
 _BERT_ARMS = (
     *_CHECKS,
-    replace(HALF_LR, seeds=BERT.dense_seeds),
+    HALF_LR,
     *(arm for arm in _METHODS if arm.name != "pld-paper"),
     # Where norms stand after the blocks, what comes out of one cannot be scaled; PLD is published with norms before.
     Arm(
