@@ -175,6 +175,11 @@ def resized_layer_types(config: Any, num_blocks: int) -> None:
     config.layer_types = [layer_types[0]] * num_blocks
 
 
+def tokens_at_a_time(model: nn.Module) -> int:
+    """Return into chunks of how many tokens blocks cut a sequence, which these must divide; 0 where they do not."""
+    return getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0)
+
+
 def is_causal(config: Any) -> bool:
     """Whether a decoder attends to earlier tokens alone; ``is_causal=False`` makes an encoder of it."""
     return getattr(config, "is_causal", True) is not False

@@ -10,6 +10,7 @@ from torch import nn
 
 from lit_accel.anatomy import Anatomy, anatomy_of, is_compiled
 from lit_accel.anatomy.build import COMPILE_OPTIONS
+from lit_accel.anatomy.hugging_face import tokens_at_a_time
 from lit_accel.arguments import require_duration, require_indices, require_one_of, require_whole
 from lit_accel.methods.token_dropping.dropper import Scope
 from lit_accel.methods.token_dropping.plan import TokenPlan
@@ -116,7 +117,7 @@ def check_chunks(transformer: nn.Module, quantum: int) -> None:
     Raises:
         MisconfigurationException: If not.
     """
-    chunk = getattr(getattr(transformer, "config", None), "chunk_size_feed_forward", 0)
+    chunk = tokens_at_a_time(transformer)
     if chunk and quantum % chunk:
         raise MisconfigurationException(
             f"The blocks of this {type(transformer).__name__} compute {chunk} tokens at a time "
