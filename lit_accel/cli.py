@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
@@ -189,6 +190,16 @@ class LitAccelCLI(LightningCLI):
         require_end(self._get(self.config_init, "trainer"))
 
     before_plan = before_fit
+
+    def before_validate(self) -> None:
+        """Say so where nothing is loaded: an evaluation of random weights looks like any other."""
+        if self._get(self.config_init, "ckpt_path") is None:
+            rank_zero_warn(
+                "Without --ckpt_path the model is evaluated as it is built, with random weights if it loads none "
+                "itself. Give --ckpt_path a checkpoint of the run."
+            )
+
+    before_test = before_predict = before_validate
 
     def before_instantiate_classes(self) -> None:
         """For a plan, have the model built without weights; the data is real."""

@@ -1,5 +1,6 @@
 import csv
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,11 @@ def test_a_run_of_the_command_line_can_be_loaded_resumed_and_validated():
     assert saved["global_step"] == 2
     assert all(torch.equal(saved["state_dict"][name], value) for name, value in loaded.state_dict().items())
 
-    main(["validate", *config, "--ckpt_path", str(checkpoint)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Without --ckpt_path")
+        main(["validate", *config, "--ckpt_path", str(checkpoint)])
+    with pytest.warns(UserWarning, match="Without --ckpt_path the model is evaluated as it is built"):
+        main(["validate", *config])
     main(["fit", *config, "--ckpt_path", str(checkpoint), "--trainer.max_steps=3"])
     resumed = {torch.load(path, weights_only=True)["global_step"] for path in Path("checkpoints").glob("*.ckpt")}
     assert 3 in resumed

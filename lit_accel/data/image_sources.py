@@ -118,7 +118,7 @@ class FolderImages:
             sorted.
 
     Raises:
-        ValueError: If there is no image, or a class that is not allowed.
+        ValueError: If there is no image, a class that is not allowed, or one of those that there are has no image.
     """
 
     def __init__(self, root: Path, class_names: list[str] | None = None) -> None:
@@ -141,6 +141,12 @@ class FolderImages:
             raise ValueError(
                 f"{root} has no image in its folders; files called .jpg, .jpeg and .png are read, and others after"
                 " timm.data.add_img_extensions"
+            )
+        if class_names is None and len(set(labels)) < len(found):
+            empty = [name for label, name in enumerate(found) if label not in set(labels)]
+            raise ValueError(
+                f"{root} has folders without an image, each of which would be a class: {empty[:5]}; remove them, or"
+                " give source= the folder whose folders are the classes"
             )
         # Arrays and not lists: counting references would make each worker process copy a list of a million names.
         self._names = np.array([os.fsencode(name) for name in names])

@@ -336,6 +336,7 @@ def test_a_folder_without_parts_is_split_the_same_way_each_time(tmp_path):
     [
         ([], "one folder for each class"),
         (["ant/notes.txt"], "no image"),
+        (["ant/0.png", "ant/1.png", "notes/all.txt"], r"without an image.*\['notes'\]"),
         (["train/ant/0.png"], "no folder val"),
         (["train/ant/0.png", "val/bee/0.png"], r"does not have: \['bee'\]"),
         (["ant/0.png"], "one to train on and one to hold out"),
@@ -344,7 +345,7 @@ def test_a_folder_without_parts_is_split_the_same_way_each_time(tmp_path):
 def test_folders_of_the_wrong_shape(tmp_path, files, message):
     for name in files:
         path = tmp_path / name
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (4, 4)).save(path, format="PNG")
     with pytest.raises(ValueError, match=message):
         prepared(source=str(tmp_path))
