@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import lightning.pytorch as L
@@ -11,7 +12,7 @@ import torch
 from lit_accel import ComputeLedger, SensitivityLayerDropping
 from lit_accel.methods.layer_dropping import Meter, ablate, sbld
 from lit_accel.methods.layer_dropping.probing import measuring, training_loss
-from lit_accel.methods.layer_dropping.sensitivity import ESTIMATES, evaluating
+from lit_accel.methods.layer_dropping.sensitivity import ESTIMATES, ablation_flops, evaluating
 from lit_accel.routing import Order, hidden_states_of, routing_of, with_hidden_states
 from tests.models import make_model, tokens
 from tests.training import TinyModule, Tokens, loader, make_trainer
@@ -72,6 +73,10 @@ def test_ablation_runs_no_block_twice_before_the_one_it_leaves_out():
     with evaluating(model):
         ablate(routing, loss, range(6))
     assert calls == [1 + index for index in range(6)]
+    # What that is charged: a forward pass of each block as often as it ran, and what lies outside of them each time.
+    forward = [10**index for index in range(6)]
+    runs = sum(number * each for number, each in zip(calls, forward, strict=True))
+    assert ablation_flops(forward, 10**6, range(6)) == runs + 7 * 10**6
 
 
 @pytest.mark.parametrize("name", ["gpt2-tied", "llama-gqa", "vit-registers", "swin"])
@@ -350,3 +355,20 @@ def test_measurements_cost_at_most_what_was_allowed(tmp_path):
         overhead = (total.flops - trained) / total.flops
         assert 0.3 * max_overhead < overhead <= max_overhead
         assert len(callback.history.measured_at) >= (1 if max_overhead == 0.01 else 3)
+
+
+def test_measurements_are_spread_until_the_release_and_paid_for_by_all_micro_batches(tmp_path):
+    def measured_at(**options):
+        callback = SensitivityLayerDropping(kept=0.8, measure_every=1, max_overhead=0.1, num_batches=1, release=0.5)
+        module = TinyModule()
+        module.net = make_model("gpt2-tied", dtype=torch.float32, vocab=64, **SIZE).train()
+        options = {"strategy": "auto", "max_steps": 60, "max_epochs": -1, **options}
+        make_trainer(tmp_path, callbacks=[callback], **options).fit(module, loader(4))
+        return callback.history.measured_at
+
+    few, many = measured_at(), measured_at(accumulate_grad_batches=4)
+    assert len(many) >= 4 * len(few) >= 8
+    # Nothing is dropped from step 30 on that they could be for; until then the gaps are alike.
+    assert 27 <= max(many) < 30
+    gaps = [after - before for before, after in itertools.pairwise(many)]
+    assert max(gaps) <= 2

@@ -372,6 +372,19 @@ def test_alone_and_without_a_length_it_says_who_lacks_it(tmp_path):
         fit(tmp_path, Rated())
 
 
+@pytest.mark.parametrize(
+    ("stepped", "said"), [({"interval": "epoch"}, "every 1 epoch"), ({"frequency": 2}, "every 2 step")]
+)
+def test_a_scheduler_that_is_not_stepped_with_the_optimizer_is_refused_before_training(tmp_path, stepped, said):
+    module = Rated()
+    made = module.configure_optimizers()
+    made["lr_scheduler"].update(stepped)
+    module.configure_optimizers = lambda: made
+    with pytest.raises(MisconfigurationException, match=rf"LayerTokenLR goes by optimizer steps.*{said}"):
+        fit(tmp_path, module, [RandomLTD(**LTD)])
+    assert module.losses == []
+
+
 def test_beside_the_callback_a_length_that_was_given_is_ignored_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match=r"num_total_steps=8, which is ignored beside RandomLTD: the run has 16"):
         given = fit(tmp_path, Rated(num_total_steps=8), [RandomLTD(**LTD)])

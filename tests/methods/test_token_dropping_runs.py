@@ -253,11 +253,24 @@ def test_validation_in_between_sees_every_token(tmp_path):
 
 
 def test_logs(tmp_path):
-    callback, watch, logger = RandomLTD(**LTD), Watch(), CSVLogger(tmp_path, name="run")
-    fit(tmp_path, [callback, watch], logger=logger, log_every_n_steps=3)
-    logger.save()
-    with open(f"{logger.log_dir}/metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["token_dropping/layer_tokens"]]
+    watch = Watch()
+
+    def logged(callbacks, resume=None):
+        logger = CSVLogger(tmp_path, name="run")
+        data = DataLoader(range(64))
+        options = {"logger": logger, "log_every_n_steps": 3, "data": data, "resume": resume}
+        fit(tmp_path, [RandomLTD(**LTD), *callbacks], **options)
+        logger.save()
+        with open(f"{logger.log_dir}/metrics.csv") as file:
+            return [row for row in csv.DictReader(file) if row["token_dropping/layer_tokens"]]
+
+    rows = logged([watch, SaveAlways(tmp_path)])
+    # Also within the steps that a row is about.
+    columns = [name for name in rows[0] if name.startswith("token_dropping/")]
+    for after, resumed in ((row, logged([], tmp_path / f"batch-{batch}.ckpt")) for row, batch in ((1, 4), (3, 9))):
+        assert [[row[name] for name in columns] for row in resumed] == [
+            [row[name] for name in columns] for row in rows[after:]
+        ]
     assert [int(row["step"]) for row in rows] == [2, 5, 8, 11]
     kept = [lengths[1] for _, lengths in watch.kept]
     for number, row in enumerate(rows):

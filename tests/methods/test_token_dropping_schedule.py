@@ -158,6 +158,9 @@ def test_windows_are_kept_in_the_wanted_share_on_average(start, steps_each, num_
     assert kept[growth:] == [num_windows] * 2
     wanted = [(start + (1 - start) * step / growth) * num_windows for step in range(growth)]
     assert all(abs(k - max(1, w)) < 1 + 1e-9 for k, w in zip(kept, wanted, strict=False))
+    if start * num_windows >= 1:
+        too_many = itertools.accumulate(k - w for k, w in zip(kept, wanted, strict=False))
+        assert all(-1 - 1e-6 < number <= 1e-6 for number in too_many)
     # Where less than one window is wanted, there is one all the same.
     late = [k - w for k, w in zip(kept, wanted, strict=False) if w >= 1]
     # Rounding down would be off by half a window a step. Some growths fall into step with ours, by a sixth at most.
