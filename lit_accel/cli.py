@@ -19,7 +19,7 @@ from rich.console import Console
 
 # Imported for what it registers: the strategies that YAML knows by name.
 import lit_accel.strategies  # noqa: F401
-from lit_accel.command_errors import answers, is_raised_by
+from lit_accel.command_errors import answers, fault_at_import, is_raised_by
 from lit_accel.command_inputs import (
     check_checkpoint,
     check_config_file,
@@ -101,6 +101,8 @@ class CommandParser(LightningArgumentParser):
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         known = [option.lstrip("-") for option in parser._option_string_actions if not option.endswith(".help")]
         command = parser.prog.replace(" [options]", "")
+        if (fault := fault_at_import(ex)) is not None:
+            self.exit(2, f"lit-accel: A module cannot be imported. {fault}\n")
         self.exit(2, f"lit-accel: {readable(message, known)} See `{command} --help`.\n")
 
 

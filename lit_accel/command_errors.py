@@ -9,6 +9,7 @@ from __future__ import annotations
 import dis
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +87,21 @@ def is_raised_by(error: BaseException, package: str) -> bool:
     module = str(trace.tb_frame.f_globals.get("__name__", ""))
     operation = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]]
     return (module == package or module.startswith(f"{package}.")) and operation == "RAISE_VARARGS"
+
+
+def fault_at_import(error: BaseException | None) -> str | None:
+    """Return what went wrong in a module while it was imported, and in which line of it.
+
+    Args:
+        error: What was raised, perhaps because of that.
+    """
+    while error is not None:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        if imported := [(frame, line) for frame, line in frames if frame.f_code.co_name == "<module>"]:
+            frame, line = imported[-1]
+            return f"{type(error).__name__} in line {line} of {frame.f_code.co_filename}: {str(error).rstrip('.')}."
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _said_by_worker(error: BaseException) -> str | None:

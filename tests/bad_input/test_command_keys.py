@@ -219,8 +219,14 @@ ROWS = [
     wrong(
         "a class path of one's own that fails to import",
         "--model=broken.Net",
-        "model: broken.Net cannot be imported, since there is no module",
+        "broken.py: No module named 'nothing_like_it'.",
         files={"broken.py": "import nothing_like_it\n"},
+    ),
+    wrong(
+        "a class path of one's own with a slip in its module",
+        "--model=slip.Net",
+        "slip.py: name 'Nett' is not defined.",
+        files={"slip.py": "class Net:\n    pass\nNett()\n"},
     ),
     alone(
         "a model without its name",
