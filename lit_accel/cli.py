@@ -101,7 +101,7 @@ class CommandParser(LightningArgumentParser):
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         known = [option.lstrip("-") for option in parser._option_string_actions if not option.endswith(".help")]
         command = parser.prog.replace(" [options]", "")
-        if (fault := fault_at_import(ex)) is not None:
+        if (fault := fault_at_import(ex, message)) is not None:
             self.exit(2, f"lit-accel: A module cannot be imported. {fault}\n")
         self.exit(2, f"lit-accel: {readable(message, known)} See `{command} --help`.\n")
 

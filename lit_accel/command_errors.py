@@ -89,15 +89,17 @@ def is_raised_by(error: BaseException, package: str) -> bool:
     return (module == package or module.startswith(f"{package}.")) and operation == "RAISE_VARARGS"
 
 
-def fault_at_import(error: BaseException | None) -> str | None:
+def fault_at_import(error: BaseException | None, message: str) -> str | None:
     """Return what went wrong in a module while it was imported, and in which line of it.
 
     Args:
         error: What was raised, perhaps because of that.
+        message: What is to be said of it. Other imports may have failed on the way, of which it says nothing.
     """
     while error is not None:
         frames = list(traceback.walk_tb(error.__traceback__))
-        if imported := [(frame, line) for frame, line in frames if frame.f_code.co_name == "<module>"]:
+        imported = [(frame, line) for frame, line in frames if frame.f_code.co_name == "<module>"]
+        if imported and str(error) in message:
             frame, line = imported[-1]
             return f"{type(error).__name__} in line {line} of {frame.f_code.co_filename}: {str(error).rstrip('.')}."
         error = error.__cause__ or error.__context__
