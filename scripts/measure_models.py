@@ -47,7 +47,7 @@ from lit_accel import (
 )
 from lit_accel.strategies import ResizeMixin
 from lit_accel.tasks import CausalLM, ImageClassification, MaskedLM
-from scripts.provenance import provenance
+from scripts.provenance import device, provenance
 from scripts.timed_gpt import KEEP_MEMORY
 
 RESULTS = Path(__file__).parent / "results" / "models.jsonl"
@@ -207,8 +207,7 @@ def read_rows() -> list[dict[str, Any]]:
 
 def device_of(row: dict[str, Any]) -> str:
     """Return what a round was measured on."""
-    where = row["provenance"]["machine"]
-    return where["gpu"] or f"{where['threads']} thread{'s' * (where['threads'] > 1)} of an {where['processor']}"
+    return device(row["provenance"]["machine"])
 
 
 def measured(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -227,12 +226,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         rows: The rounds.
     """
     parts = []
-    for (model, device), rounds in measured(rows).items():
+    for (model, where), rounds in measured(rows).items():
         first = rounds[0]
         step = statistics.median(row["arms"][DENSE]["seconds"] / (row["num_steps"] - 1) for row in rounds)
         number = "one round" if len(rounds) == 1 else f"{len(rounds)} rounds"
         parts += [
-            f"**{model}**: {first['num_steps']} steps of {first['batch_size']}, {number}, {device}, torch "
+            f"**{model}**: {first['num_steps']} steps of {first['batch_size']}, {number}, {where}, torch "
             f"{first['provenance']['versions']['torch']}. A dense step takes {step:.2f} s.",
             "",
             "| methods | FLOPs | seconds | realised share | changes of size, in dense steps |",

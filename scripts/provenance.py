@@ -47,6 +47,16 @@ def commit() -> str | None:
     return f"{name}-dirty" if _git("status", "--porcelain", "--", *_SOURCES) else name
 
 
+def device(machine: dict[str, Any]) -> str:
+    """Return what a number was measured on, in words.
+
+    Args:
+        machine: The machine of its provenance.
+    """
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return machine["gpu"] or f"{threads} of an {machine['processor']}"
+
+
 def _program() -> list[str]:
     """Return what stands behind ``python``, so that the command can be given again."""
     specification = getattr(sys.modules["__main__"], "__spec__", None)

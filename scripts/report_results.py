@@ -22,6 +22,7 @@ from scripts import composition_tables, draw_models, measure_models, measure_pla
 from scripts.bench import report as bench
 from scripts.compare_presets import CHOICES, CHOICES_LR, DEFAULT, SETUPS, VARIANTS, read_results
 from scripts.comparison import Comparison
+from scripts.provenance import device
 from scripts.soaking import tables as soak
 
 CHOICES_SETUP = "width 128"
@@ -33,10 +34,8 @@ RESULTS = ROOT / "scripts" / "results"
 
 def machine(record: dict[str, Any]) -> str:
     """Return where and when a result was measured, in words."""
-    versions, where = record["versions"], record["machine"]
-    threads = "one thread" if where["threads"] == 1 else f"{where['threads']} threads"
-    device = where["gpu"] or f"{threads} of an {where['processor']}"
-    return f"{device}, torch {versions['torch']}, lightning {versions['lightning']}, {record['date']}"
+    where, versions = device(record["machine"]), record["versions"]
+    return f"{where}, torch {versions['torch']}, lightning {versions['lightning']}, {record['date']}"
 
 
 def source(*records: dict[str, Any]) -> str:

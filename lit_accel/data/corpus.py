@@ -99,7 +99,7 @@ def load_corpus(folder: Path) -> Corpus | None:
     try:
         corpus = Corpus(**json.loads((folder / "corpus.json").read_text()))
         size = np.dtype(corpus.dtype).itemsize
-        is_whole = all(
+        is_whole = (folder / "tokenizer" / "tokenizer.json").is_file() and all(
             (folder / f"{part}.bin").stat().st_size == num_tokens * size
             for part, num_tokens in (("train", corpus.num_train_tokens), ("val", corpus.num_val_tokens))
         )
@@ -113,7 +113,10 @@ def load_corpus(folder: Path) -> Corpus | None:
     except (ValueError, TypeError):
         is_whole = False
     if not is_whole:
-        raise ValueError(f"the token files in {folder} are damaged; remove that folder, and they will be made again")
+        raise ValueError(
+            f"the token files in {folder}, or the tokenizer beside them, are damaged; remove that folder, and they will"
+            " be made again"
+        )
     return corpus
 
 

@@ -211,6 +211,11 @@ ROWS = [
         lambda: damaged("val.bin", None),
         "are damaged; remove that folder, and they will be made again",
     ),
+    value(
+        "a cache that has lost its tokenizer",
+        lambda: damaged("tokenizer/tokenizer.json", None),
+        "are damaged; remove that folder, and they will be made again",
+    ),
     call(
         "a checkpoint that is none",
         lambda: resumed(b"not a checkpoint at all"),
