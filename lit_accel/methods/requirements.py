@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
 from lit_accel.anatomy import Anatomy, is_compiled
@@ -182,3 +183,12 @@ def require_counted_steps(trainer: L.Trainer, method: str) -> None:
             "which batches make one, and the length of the run in epochs says nothing of their number. Give the "
             "Trainer max_steps and max_epochs=-1."
         )
+
+
+def fetches_itself(pl_module: L.LightningModule) -> bool:
+    """Whether the training step takes its batches from an iterator.
+
+    Args:
+        pl_module: The module.
+    """
+    return is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)

@@ -12,7 +12,6 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lit_accel.anatomy import Anatomy, anatomy_of, find_transformer
 from lit_accel.arguments import is_number, require_duration, require_one_of, require_whole
@@ -26,6 +25,7 @@ from lit_accel.methods.layer_dropping.protection import BlockList
 from lit_accel.methods.layer_dropping.refusals import droppable_blocks, require_gradients_of_all, why_calls_are_not_seen
 from lit_accel.methods.layer_dropping.sampling import Sampler
 from lit_accel.methods.layer_dropping.sensitivity import ESTIMATES, Estimator, Meter, ablate, ablation_flops
+from lit_accel.methods.requirements import fetches_itself
 from lit_accel.run_folder import run_folder
 from lit_accel.stored_state import primitives
 
@@ -156,7 +156,7 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
                 f'{name}: estimator="ablate" calls the training step to measure it, and with manual optimization '
                 'that would train. Use "taylor", "ratio" or "cos".'
             )
-        if stage == "fit" and self.drops and self.estimator == "ablate" and _fetches_itself(pl_module):
+        if stage == "fit" and self.drops and self.estimator == "ablate" and fetches_itself(pl_module):
             raise MisconfigurationException(
                 f'{name}: estimator="ablate" calls the training step with a batch to measure it, and this one takes '
                 'batches from a dataloader_iter by itself. Use "taylor", "ratio" or "cos".'
@@ -485,7 +485,3 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
             **super()._rules(),
             **{name: getattr(self, name) for name in (*own, "num_batches", "max_overhead", "ema")},
         }
-
-
-def _fetches_itself(pl_module: L.LightningModule) -> bool:
-    return is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)

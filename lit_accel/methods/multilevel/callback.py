@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import time
-import weakref
-from contextlib import suppress
-from typing import Any, get_args
+from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
 
 from lit_accel.anatomy import (
-    AnatomyError,
     Size,
     anatomy_of,
     find_transformer,
 )
-from lit_accel.arguments import is_number, require_one_of, require_whole
-from lit_accel.methods.coordinator import coordinator_of
-from lit_accel.methods.multilevel.arguments import as_parts
+from lit_accel.methods.multilevel.arguments import as_parts, check_choices, check_levels, check_numbers
 from lit_accel.methods.multilevel.learning_rate import LearningRateFactor, restore_scheduled_lr
-from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, LevelMap, WidthGrouping, grown_size
+from lit_accel.methods.multilevel.maps import DepthGrouping, DepthMode, LevelMap, WidthGrouping
 from lit_accel.methods.multilevel.micro_batches import MicroBatchMerger
 from lit_accel.methods.multilevel.moments import OptimizerStatePolicy
 from lit_accel.methods.multilevel.phases import (
@@ -34,44 +28,26 @@ from lit_accel.methods.multilevel.phases import (
     ResolvedPhase,
     lr_factor,
     phase_at,
-    reduces_depth,
-    rehearse_phases,
-    resolve_phases,
     v_cycle,
 )
-from lit_accel.methods.multilevel.planned import PlannedLevels
+from lit_accel.methods.multilevel.prepared import PreparedLevels
 from lit_accel.methods.multilevel.presets import PRESETS, PresetName, override_interpolation
-from lit_accel.methods.multilevel.refusals import (
-    check_end,
-    check_length,
-    check_merging,
-    check_model,
-    check_optimizers,
-    check_trainer,
-    warn_of_frozen,
-)
-from lit_accel.methods.multilevel.rehearsal import rehearse_optimizers, rehearse_training_step
+from lit_accel.methods.multilevel.rehearsal import rehearse_training_step
 from lit_accel.methods.multilevel.replaced import ReplacedModel
 from lit_accel.methods.multilevel.stored import StoredLevels
-from lit_accel.methods.preparation import prepare_run
-from lit_accel.methods.requirements import check_rules
+from lit_accel.methods.requirements import check_rules, fetches_itself
 from lit_accel.methods.strategy_checks import check_strategy
 from lit_accel.resizing import (
     OptimizerState,
     ResizableStrategy,
-    begin_anew,
-    full_size,
-    prepare_module,
     replace_transformer,
-    set_full_size,
 )
-from lit_accel.run_length import length_of_run
 from lit_accel.stored_state import primitives, require_readable
 
 _STATE_VERSION = 1
 
 
-class MultiLevelTraining(PlannedLevels):
+class MultiLevelTraining(PreparedLevels):
     """Trains part of the run on smaller versions of the model (V-cycle; arXiv 2404.07999).
 
     On the way down the present model is stored and coalesced into the next smaller level; on the way up the
@@ -115,9 +91,6 @@ class MultiLevelTraining(PlannedLevels):
         Trainer(strategy="resizable", max_steps=10_000, callbacks=[MultiLevelTraining()])
     """
 
-    #: The module whose size that is, with which the run began.
-    _start_of: weakref.ref[L.LightningModule] | None = None
-
     def __init__(
         self,
         levels: list[Level] | None = None,
@@ -135,35 +108,12 @@ class MultiLevelTraining(PlannedLevels):
         start_level: int = 0,
         fresh_std: float | None = None,
     ) -> None:
-        require_one_of("preset", preset, get_args(PresetName))
-        require_one_of("width_grouping", width_grouping, get_args(WidthGrouping))
-        require_one_of("depth_grouping", depth_grouping, get_args(DepthGrouping))
-        for argument, value, allowed in (
-            ("depth_mode", depth_mode, DepthMode),
-            ("optimizer_state", optimizer_state, OptimizerStatePolicy),
-            ("learning_rate", learning_rate, LearningRatePolicy),
-        ):
-            require_one_of(argument, value, (None, *get_args(allowed)))
-        for argument, number in (("alpha", alpha), ("coarse", coarse), ("fine", fine), ("fresh_std", fresh_std)):
-            if number is not None and not is_number(number):
-                raise ValueError(f"{argument} is {number!r}; it is a number, or None for that of the preset.")
-        require_whole("start_level", start_level)
-        if num_rewarm_steps is not None:
-            require_whole("num_rewarm_steps", num_rewarm_steps, 1, of="optimizer steps")
+        check_choices(preset, width_grouping, depth_grouping, depth_mode, optimizer_state, learning_rate)
+        check_numbers({"alpha": alpha, "coarse": coarse, "fine": fine}, start_level, num_rewarm_steps, fresh_std)
         chosen = PRESETS[preset]
         # Mappings, as YAML writes them, will do in Python too.
         self.levels = [Level()] if levels is None else as_parts("levels", Level, levels)
-        if not self.levels:
-            raise ValueError("levels is empty; give at least one smaller level.")
-        if flat := [level for level in self.levels if level.width == 1 and not reduces_depth(level)]:
-            raise ValueError(f"{flat[0]} is no smaller than the level above it; give a width or depth of at least 2.")
-        if not 0 <= start_level <= len(self.levels):
-            raise ValueError(f"start_level is {start_level}; levels are 0 (the full model) to {len(self.levels)}.")
-        if fresh_std is not None:
-            if fresh_std < 0:
-                raise ValueError(f"fresh_std is {fresh_std}; it is a standard deviation and must not be negative.")
-            if not start_level:
-                rank_zero_warn("fresh_std is ignored: it is for growth from a small model, start_level is 0.")
+        check_levels(self.levels, start_level)
         self.start_level = start_level
         if phases is None and start_level:
             phases = [Phase(0)]
@@ -198,102 +148,6 @@ class MultiLevelTraining(PlannedLevels):
         self._lr: LearningRateFactor | None = None
 
     # Before training
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Plan the levels and refuse whatever could not work, before anything is trained."""
-        if stage != "fit":
-            # Somebody may evaluate another module, of whose models nothing is known.
-            self.maps = []
-            with suppress(AnatomyError):
-                self.take_sizes(trainer, pl_module)
-            return
-        self.take_sizes(trainer, pl_module)
-        if trainer.global_step == 0:
-            # What an earlier run of this callback has left; a checkpoint is loaded after this.
-            self._stored.clear()
-            self._loaded_rules = {}
-        self.schedule = ()
-        prepare_run(trainer)
-        check_trainer(trainer, pl_module, changes_lr=self._changes_lr)
-        check_merging(
-            trainer,
-            pl_module,
-            [level.merge_batches for level in self.levels],
-            takes_iterator=_fetches_itself(pl_module),
-        )
-        self._check_levels(pl_module)
-        # Before a checkpoint is loaded, which is in the workers only.
-        self._given_size = anatomy_of(find_transformer(pl_module)[1]).size
-        # A module that makes its data in its own setup has none yet.
-        if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
-            self.resolve(trainer, pl_module)
-
-    def take_sizes(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up the sizes of the levels from the model that is there; the same again where nothing has changed."""
-        prepare_module(trainer, pl_module)
-        if trainer.state.fn == TrainerFn.FITTING and (self._start_of is None or self._start_of() is not pl_module):
-            # What this module brings is small, too, whatever an earlier one brought.
-            self._start_of, self._start_size = weakref.ref(pl_module), None
-        self._plan_sizes(pl_module)
-
-    def _plan_sizes(self, pl_module: L.LightningModule) -> None:
-        self._path, transformer = find_transformer(pl_module)
-        anatomy = anatomy_of(transformer)
-        if self.start_level and anatomy.size == (self._start_size or full_size(pl_module)):
-            self._start_size = anatomy.size
-            factors = [(level.width, level.depth) for level in self.levels[: self.start_level]]
-            set_full_size(pl_module, grown_size(anatomy, factors))
-        self.maps = self.plan_levels(anatomy.at(full_size(pl_module)))
-
-    def _retake_sizes(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Plan anew where only now it is known how large the full model is."""
-        begin_anew(trainer, pl_module)
-        if full_size(pl_module) != self.maps[0].large.size:
-            self._plan_sizes(pl_module)
-            self._check_levels(pl_module)
-
-    def _check_levels(self, pl_module: L.LightningModule) -> None:
-        transformer = find_transformer(pl_module)[1]
-        self._dependent = check_model(pl_module, self._path, transformer, anatomy_of(transformer), self.maps)
-        # A level that never existed holds no frozen weights to go back to.
-        if self.interpolation == PRESETS["exact"].interpolation and not (self.start_level or self.is_neutral):
-            warn_of_frozen(transformer, self.maps)
-
-    def resolve(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up the length of the run, and refuse what does not fit it."""
-        num_steps = length_of_run(trainer, "MultiLevelTraining")
-        num_levels = len(self.levels) + 1
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.schedule = rehearse_phases(self.phases, num_levels, num_steps)
-            return
-        if not self.is_neutral:
-            check_length(trainer, pl_module)
-        self.schedule = resolve_phases(self.phases, num_levels, num_steps)
-        check_end(trainer, self.schedule[-1].level, self._level_given)
-
-    def _level_given(self) -> int:
-        return 0 if self._given_size is None else self.level_of(self._given_size)
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check what exists only now: the optimizers and their schedulers, and data that the module has made."""
-        if not trainer.strategy.restore_checkpoint_after_setup:
-            self._retake_sizes(trainer, pl_module)
-        if not self.schedule:
-            self.resolve(trainer, pl_module)
-        coordinator_of(trainer).check_run(pl_module)
-        check_optimizers(
-            trainer,
-            pl_module,
-            optimizer_state=self.optimizer_state,
-            learning_rate=self.learning_rate,
-            changes_lr=self._changes_lr,
-        )
-        # Where checkpoints are loaded later, the model is sharded by now, and another size could only be built from a
-        # gathered copy.
-        if not (self.is_neutral or trainer.strategy.restore_checkpoint_after_setup):
-            level = self._present_level(pl_module)
-            step = self.maps[max(level - 1, 0)]
-            rehearse_optimizers(trainer, pl_module, self._path, (step.large if level else step.small).size)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the level that a checkpoint was written at, and the learning rate of the first step."""
@@ -342,16 +196,6 @@ class MultiLevelTraining(PlannedLevels):
             self._warn_of_small(trainer)
         self.teardown(trainer, pl_module, "fit")
 
-    def _present_level(self, pl_module: L.LightningModule) -> int:
-        size = anatomy_of(find_transformer(pl_module)[1]).size
-        sizes = [self.maps[0].large.size, *(step.small.size for step in self.maps)]
-        if size not in sizes:
-            raise AnatomyError(
-                f"The model has the size {size.to_state()}, which is none of the configured levels "
-                f"{[known.to_state() for known in sizes]}. Use the levels that the checkpoint was trained with."
-            )
-        return sizes.index(size)
-
     # During training
 
     def on_train_batch_start(
@@ -369,7 +213,7 @@ class MultiLevelTraining(PlannedLevels):
     def _rehearse_step(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Try the first batch on a model of another width, where what lies outside of it may not fit that."""
         steps_itself = not pl_module.automatic_optimization
-        if self.is_neutral or steps_itself or _fetches_itself(pl_module):
+        if self.is_neutral or steps_itself or fetches_itself(pl_module):
             return
         if trainer.strategy.restore_checkpoint_after_setup:
             return
@@ -482,10 +326,6 @@ class MultiLevelTraining(PlannedLevels):
 
     # Learning rate
 
-    @property
-    def _changes_lr(self) -> bool:
-        return self.learning_rate != "continue" or any(phase.lr_scale != 1 for phase in self.phases)
-
     def _apply_lr(self, trainer: L.Trainer) -> None:
         if self._lr is not None:
             step, policy = trainer.global_step, self.learning_rate
@@ -540,8 +380,3 @@ class MultiLevelTraining(PlannedLevels):
         # One that was written before the phases had been placed, as a tuner's is, says nothing of them.
         placed = rules if state_dict["schedule"] else rules.keys() - {"phases", "lr_scale"}
         self._loaded_rules = {name: rules[name] for name in placed}
-
-
-def _fetches_itself(pl_module: L.LightningModule) -> bool:
-    """Whether the training step takes its batches from an iterator."""
-    return is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True)
