@@ -58,7 +58,9 @@ def blocks() -> dict[Path, dict[str, str]]:
             f"study:{name}:costs": _by_budget(each, tables.costs_table),
             f"study:{name}:tuning": tables.tuning_table(each),
         }
-    summary = [tables.state(rows), *(f"- {tables.regime(each)}" for each in found.values())]
+    study["study:short"] = tables.in_short(found)
+    settings = "\n".join(f"- {tables.setting(each)}" for each in found.values())
+    summary = [tables.state(rows), tables.in_short(found), f"{settings}\n\n{tables.FAR_FROM_CONVERGED}"]
     summary += [tables.summary_table(found)]
     cards = {
         ROOT / "lit_accel" / "methods" / method / "README.md": {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import get_args
 
 import numpy as np
 from scipy import stats
@@ -16,7 +18,7 @@ from scripts.bench.jobs import jobs, row_key
 from scripts.bench.log import Row
 from scripts.bench.study import DENSE, TOGETHER, Arm
 from scripts.bench.tuning import is_interior
-from scripts.bench.verdicts import controls, saved, verdict
+from scripts.bench.verdicts import Verdict, controls, saved, verdict
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -41,8 +43,16 @@ def state(rows: Sequence[Row]) -> str:
     )
 
 
+FAR_FROM_CONVERGED = "That is far from converged: the regime in which small and cheap models look best."
+
+
 def regime(evidence: Evidence) -> str:
     """Return what the verdicts of a rung are limited to, as far as it was run."""
+    return f"{setting(evidence)} {FAR_FROM_CONVERGED}{_without_methods(evidence)}"
+
+
+def setting(evidence: Evidence) -> str:
+    """Return what was trained on a rung, and for how long."""
     rung = evidence.rung
     run = {reading.budget for reading in evidence.readings if reading.arm.role == "method"}
     tokens = [budget * rung.unit_steps * rung.tokens_per_step for budget in (*sorted(run), max(evidence.dense))]
@@ -50,8 +60,7 @@ def regime(evidence: Evidence) -> str:
     trained = f"methods were trained for {' and '.join(methods)} of them a parameter, " if methods else ""
     return (
         f"{rung.title}: {rung.body / 1e6:.2f}M parameters in blocks, steps of {rung.samples_per_step} x "
-        f"{rung.tokens_per_sample} tokens; {trained}dense models for up to {longest}, less than one epoch each. "
-        f"That is far from converged: the regime in which small and cheap models look best.{_without_methods(evidence)}"
+        f"{rung.tokens_per_sample} tokens; {trained}dense models for up to {longest}, less than one epoch each."
     )
 
 
@@ -227,6 +236,24 @@ def verdicts_table(evidence: Evidence) -> str:
     lines = [[arm.title, f"**{word}**", why] for arm in run for word, why in [verdict(evidence, arm)]]
     missing = ", ".join(arm.title for arm in methods if arm not in run)
     return table(["method", "verdict", "why"], lines) + (f"\n\nNot run yet: {missing}." if missing else "")
+
+
+def in_short(found: Mapping[str, Evidence]) -> str:
+    """Return how many methods have which verdict on each rung, and how many a smaller dense model does better than."""
+    lines = []
+    for evidence in found.values():
+        methods = [arm for arm in evidence.study.others if arm.role == "method" and evidence.of(arm.name)]
+        if not methods:
+            continue
+        words = Counter(verdict(evidence, arm)[0] for arm in methods)
+        counted = ", ".join(f"**{word}** {words[word]}" for word in get_args(Verdict) if words[word])
+        outdone = sum(all(map(evidence.better_model, evidence.of(arm.name))) for arm in methods)
+        lines.append(
+            f"- {evidence.rung.title.partition(',')[0]}, {len(methods)} methods and variants: {counted}. A dense model "
+            f"with fewer blocks did better than {'all' if outdone == len(methods) else outdone} of them."
+            f"{_without_methods(evidence)}"
+        )
+    return "\n".join(lines)
 
 
 def summary_table(found: Mapping[str, Evidence]) -> str:

@@ -49,6 +49,15 @@ def test_tables_are_whole(found):
             assert len(lines) > 2
 
 
+def test_in_short_every_method_is_counted_once(found):
+    lines = tables.in_short(found).splitlines()
+    assert len(lines) == len(found)
+    for line, evidence in zip(lines, found.values(), strict=True):
+        number = int(re.search(r", (\d+) methods and variants", line)[1])
+        assert number == sum(arm.role == "method" for arm in evidence.study.others)
+        assert sum(map(int, re.findall(r"\*\* (\d+)", line))) == number
+
+
 def test_smaller_models_stand_beside_the_full_one_cheapest_first(found):
     evidence = found["gpt"]
     rows = [line.split(" | ") for line in tables.depths_table(evidence, 1.0).splitlines()[2:]]
