@@ -232,7 +232,7 @@ def recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> Size | No
     Raises:
         AnatomyError: If the checkpoint holds another family, was written by a newer version, or differs in more
             than width and depth.
-        MisconfigurationException: If what it says is damaged.
+        MisconfigurationException: If what it says is damaged, or the model was small and nothing would grow it back.
     """
     record = checkpoint.get(CHECKPOINT_KEY)
     if record is None:
@@ -249,6 +249,7 @@ def recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> Size | No
         )
     set_full_size(module, Size.from_state(record["full_size"]))
     if size == anatomy.size:
+        _require_growth(module, size, record.get("resized_by", []))
         return None
     resizable = {axis for alternatives in anatomy.width_axes for axis in alternatives}
     fixed = {

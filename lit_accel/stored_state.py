@@ -80,7 +80,7 @@ def compare_rules(
     Raises:
         MisconfigurationException: If one of those has changed.
     """
-    changed = [name for name, value in stored.items() if name in rules and value != rules[name]]
+    changed = [name for name, value in stored.items() if name in rules and _listed(value) != _listed(rules[name])]
     was = {name: f"{name} {stored[name]} (now {rules[name]})" for name in changed}
     if wrong := [was[name] for name in changed if name in fixed]:
         raise MisconfigurationException(
@@ -91,6 +91,11 @@ def compare_rules(
         rank_zero_warn(
             f"The checkpoint was trained with other rules of {what}: {', '.join(was.values())}. Those of now hold."
         )
+
+
+def _listed(value: Any) -> Any:
+    """Return a value with lists for its tuples: the same settings come as either, from Python and from YAML."""
+    return [_listed(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 # What configure_optimizers chose and a checkpoint replaces; not the learning rate, which is one of the present step.

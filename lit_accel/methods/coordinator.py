@@ -198,11 +198,13 @@ class Coordinator:
             for first, last in method.spans():
                 inside = "dense_warmup" if first < start else "dense_tail" if last > end else None
                 if inside is not None and first < last:
+                    has_pattern = getattr(method, "attention_pattern", None) is not None
+                    stages = "stages or attention_phase" if has_pattern else "stages"
+                    what = "phases" if method.decides == "size" else stages
                     raise MisconfigurationException(
                         f"{inside} wants the whole model in steps {f'0 to {start - 1}' if first < start else ''}"
                         f"{f'from {math.ceil(end)} on' if first >= start else ''}, and {type(method).__name__} leaves "
-                        f"something out in steps {first} to {last - 1}. Move its "
-                        f"{'phases' if method.decides == 'size' else 'stages'}, or shorten {inside}."
+                        f"something out in steps {first} to {last - 1}. Move its {what}, or shorten {inside}."
                     )
 
     # During training
@@ -241,7 +243,9 @@ class Coordinator:
             level: The level.
         """
         levels = self.rules.drop_levels
-        return levels is None or level in levels
+        # A level of no phase is trained in no step: a model that comes with it grows before the first one.
+        is_trained = all(any(phase.level == level for phase in method.phases) for method in self._deciding("size"))
+        return is_trained and (levels is None or level in levels)
 
     def drops_from(self, anatomy: Anatomy) -> bool:
         """Whether blocks and tokens may be dropped from the model at one of its sizes.
@@ -249,8 +253,6 @@ class Coordinator:
         Args:
             anatomy: The model.
         """
-        if self.rules.drop_levels is None:
-            return True
         return self.drops_at(next((method.level_of(anatomy.size) for method in self._deciding("size")), 0))
 
     def runs_all_blocks(self, step: int) -> bool:
@@ -419,14 +421,23 @@ def workload_of(trainer: L.Trainer, module: L.LightningModule, methods: Sequence
     )
     if num_tokens is None:
         return None
-    batch_size = getattr(data, "batch_size", None)
     return Workload(
-        num_sequences=batch_size if isinstance(batch_size, int) and batch_size > 0 else 1,
+        num_sequences=num_sequences_of(trainer),
         num_tokens=num_tokens,
         num_micro_batches=trainer.accumulate_grad_batches * trainer.world_size,
         num_merged=merged_batches(methods),
         activation_checkpointing=recomputes,
     )
+
+
+def num_sequences_of(trainer: L.Trainer) -> int:
+    """Return how many sequences a micro-batch has, where the data module says it; 1 otherwise.
+
+    Args:
+        trainer: The Trainer.
+    """
+    batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    return batch_size if isinstance(batch_size, int) and batch_size > 0 else 1
 
 
 _COORDINATORS: weakref.WeakKeyDictionary[L.Trainer, Coordinator] = weakref.WeakKeyDictionary()

@@ -85,10 +85,15 @@ def data_rank(trainer: L.Trainer) -> int:
     return int(getattr(trainer.strategy, "distributed_sampler_kwargs", {}).get("rank", trainer.global_rank))
 
 
+DROP_LESS = "Or reduce its depth less, or leave small levels as they are, with Composition(drop_levels=[0])."
+"""What else may be done where a small model has too few blocks to drop from."""
+
+
 def check_levels(
     trainer: L.Trainer,
     anatomy: Anatomy,
     check: Callable[[Anatomy], object],
+    advice: str,
     is_meant: Callable[[int], bool] = lambda level: True,
 ) -> None:
     """Check every smaller size that the model will have.
@@ -97,6 +102,7 @@ def check_levels(
         trainer: The Trainer.
         anatomy: The full model.
         check: Raises a MisconfigurationException if it does not work at a size.
+        advice: What else may be done about it than what the check says.
         is_meant: Whether the method acts at a level. Default: at each.
 
     Raises:
@@ -113,8 +119,7 @@ def check_levels(
                 check(level_map.small)
             except MisconfigurationException as error:
                 raise MisconfigurationException(
-                    f"At level {number} of {type(callback).__name__}: {error} Or reduce its depth less, or leave small "
-                    "levels as they are, with Composition(drop_levels=[0])."
+                    f"At level {number} of {type(callback).__name__}: {error} {advice}"
                 ) from error
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_accel import Composition, RandomLTD
 from lit_accel.methods import coordinator
-from tests.composition.runs import METHODS, Host, run
+from tests.composition.runs import LATE_STAGES, METHODS, Host, run
 
 
 def greedy(**given):
@@ -32,6 +32,16 @@ def test_hardly_anything_left_is_refused(tmp_path, num_tokens):
     assert not module.seen
     with pytest.raises(MisconfigurationException, match=r"less than least_cost=0\.9"):
         run(tmp_path, [METHODS["PLD"](), METHODS["random-LTD"](num_tokens=12), Composition(least_cost=0.9)])
+
+
+def test_also_where_only_size_and_units_change(tmp_path):
+    """None of the two looks at sequences by itself, and a plain loader says nothing of them."""
+    module = Host()
+    methods = [METHODS["multi-level"](), METHODS["MST"](stages=LATE_STAGES), Composition(least_cost=0.95)]
+    match = "MultiLevelTraining, MixedSparsityTraining together leave .* less than least_cost=0.95"
+    with pytest.raises(MisconfigurationException, match=match):
+        run(tmp_path, methods, module=module, strategy="resizable")
+    assert not module.seen
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,15 @@ def test_sizes_and_units_have_to_make_room(tmp_path, title, rules, match):
     assert run(tmp_path, [METHODS[title](), rules], strategy="resizable").module.seen
 
 
+def test_a_pattern_of_attention_has_to_make_room_too(tmp_path):
+    module = Host()
+    pattern = {"attention_pattern": "window", "attention_window": 4, "attention_phase": (0.0, 1.0)}
+    callbacks = [METHODS[MST](stages=[(0, 0.0)], **pattern), Composition(dense_tail=0.3)]
+    with pytest.raises(MisconfigurationException, match="Move its stages or attention_phase, or shorten dense_tail"):
+        run(tmp_path, callbacks, module=module)
+    assert not module.seen
+
+
 def test_a_run_that_would_be_dense_is_refused(tmp_path):
     with pytest.raises(MisconfigurationException, match="dense_tail has begun"):
         run(tmp_path, [dropping(PLD), Composition(dense_warmup=0.5, dense_tail=9)])

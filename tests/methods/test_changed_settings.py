@@ -27,6 +27,7 @@ from lit_accel import (
     SensitivityLayerDropping,
 )
 from lit_accel.anatomy import AnatomyError
+from lit_accel.stored_state import compare_rules
 from tests.training import TinyModule, loader, make_trainer
 
 STEPS, STOPPED = 12, 6
@@ -236,3 +237,28 @@ def test_a_small_model_without_what_would_grow_it_is_refused(tmp_path, stopped):
     with pytest.raises(MisconfigurationException, match="Give the Trainer the MultiLevelTraining"):
         trainer.fit(module, loader(), ckpt_path=stopped["cycle"])
     assert not module.losses
+
+
+def test_nor_is_it_where_the_module_is_as_small_already(tmp_path, stopped):
+    class Own(ResizableMixin, TinyModule):
+        pass
+
+    module = Own()
+    # As load_from_checkpoint does.
+    checkpoint = torch.load(stopped["cycle"], weights_only=True)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    trainer = make_trainer(tmp_path, strategy="auto", max_steps=STEPS)
+    with pytest.raises(MisconfigurationException, match="Give the Trainer the MultiLevelTraining"):
+        trainer.fit(module, loader(), ckpt_path=stopped["cycle"])
+    assert not module.losses
+    # For itself, as it advises.
+    make_trainer(tmp_path, strategy="auto", max_steps=2).fit(module, loader())
+    assert len(module.losses) == 2
+
+
+def test_lists_and_tuples_are_the_same_settings(recwarn):
+    compare_rules({"levels": [[2, [1, 2]]]}, {"levels": [[2, (1, 2)]]}, "a method", fixed=["levels"])
+    assert not recwarn.list
+    with pytest.raises(MisconfigurationException, match="levels"):
+        compare_rules({"levels": [[2, [1, 2]]]}, {"levels": [[2, (1, 3)]]}, "a method", fixed=["levels"])

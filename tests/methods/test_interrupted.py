@@ -39,7 +39,7 @@ class Interrupt(L.Callback):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (METHODS[0], r"step 10 of 20 at level 1, with a smaller model than it began"),
+        (METHODS[0], r"step 10 of 20 at level 1, with a smaller model than the full one"),
         (METHODS[4], r"has stopped at step 10 of 20, while units are off"),
     ],
     ids=["multi-level", "mst"],

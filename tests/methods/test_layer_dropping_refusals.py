@@ -518,6 +518,22 @@ def test_steps_that_keep_some_block_that_is_trained_are_not(tmp_path):
     assert len(train(tmp_path, kept_first, only_last_blocks(4))) == 10
 
 
+@pytest.mark.parametrize("estimator", ["ablate", "ratio"])
+def test_nor_may_the_only_block_that_is_trained_be_among_the_insensitive(tmp_path, estimator):
+    def only(*indices):
+        module = TinyModule()
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(any(f".h.{index}." in name for index in indices))
+        return module
+
+    with pytest.raises(MisconfigurationException, match=r"Nothing is trained but blocks \[1\].*pinned=\[1\]"):
+        fit(tmp_path, sbld(estimator=estimator), module=only(1))
+    assert len(train(tmp_path, sbld(estimator=estimator, pinned=[1]), only(1))) >= 10
+    # Of the two in between no more than one is left out of a step, and the last always runs.
+    assert len(train(tmp_path, sbld(estimator=estimator), only(1, 2))) >= 10
+    assert len(train(tmp_path, sbld(estimator=estimator), only(3))) >= 10
+
+
 def test_gradients_of_blocks_without_any_are_not_measured(tmp_path):
     module = only_last_blocks(2)
     with pytest.raises(MisconfigurationException, match=r"h\.0 has none.*Use \"ablate\", \"ratio\" or \"cos\""):

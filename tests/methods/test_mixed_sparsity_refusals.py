@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 
+import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
@@ -313,6 +314,23 @@ def test_a_level_at_which_a_layer_would_be_empty(tmp_path, options):
     """The full model keeps something at this sparsity; the smaller one, which trains there, does not."""
     callbacks = [mst(**{"stages": [(0, 0.0), (2, 0.8), (8, 0.0)], "attention_units": "dense", **options}), cycle(1, 9)]
     refuse(tmp_path, callbacks, [r"At level 1 of MultiLevelTraining: .*empty"], strategy="resizable")
+
+
+def test_a_level_with_a_single_key_value_head(tmp_path):
+    """Of its depth it does not depend, nor on where blocks and tokens are dropped."""
+    messages = [r"At level 1 of MultiLevelTraining: .*single key-value head.* Or reduce its width less\.$"]
+    refuse(tmp_path, [mst(), cycle(1, 9)], messages, TinyModule("llama-gqa"), strategy="resizable")
+
+
+def test_a_size_of_batches_that_is_no_number(tmp_path):
+    class Odd(L.LightningDataModule):
+        batch_size = None
+
+        def train_dataloader(self):
+            return data_of(module)
+
+    module = Images("vit-registers")
+    assert len(fit(tmp_path, [mst()], module, Odd()).losses) == 10
 
 
 @pytest.mark.parametrize("order", [1, -1])

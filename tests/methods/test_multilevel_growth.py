@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_accel import ComputeLedger, Level, MultiLevelMixin, MultiLevelTraining, Phase
+from lit_accel import (
+    ComputeLedger,
+    Level,
+    MultiLevelMixin,
+    MultiLevelTraining,
+    Phase,
+    RandomLTD,
+    SensitivityLayerDropping,
+)
 from lit_accel.anatomy import AnatomyError, anatomy_of
 from lit_accel.compute import read_ledger
 from lit_accel.methods.multilevel import coalesce, level_map
@@ -50,6 +58,22 @@ def test_by_default_it_grows_at_once(tmp_path):
     fit(tmp_path, module, MultiLevelTraining(start_level=1))
     assert len(set(module.sizes)) == 1
     assert module.net.config.n_layer == 4
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        # Of the two blocks that the module brings it could leave out none.
+        lambda: SensitivityLayerDropping(kept=0.8, protected=0.0, max_overhead=1.0, warmup=1),
+        lambda: RandomLTD(start_tokens=4, quantum=1),
+    ],
+)
+def test_what_is_dropped_is_dropped_from_the_model_that_it_grows_into(tmp_path, method):
+    module = small_module()
+    fit(tmp_path, module, MultiLevelTraining(start_level=1), callbacks=[method()])
+    assert module.global_step == 8
+    with pytest.raises(MisconfigurationException, match="of the 2 blocks"):
+        fit(tmp_path, small_module(), MultiLevelTraining(start_level=1, phases=PHASES), callbacks=[method()])
 
 
 @pytest.mark.parametrize(
@@ -245,6 +269,8 @@ def test_bad_input(tmp_path):
         MultiLevelTraining(start_level=2)
     with pytest.raises(ValueError, match=r"alpha.* is 0.25, but with start_level 1 .*no trained larger model"):
         MultiLevelTraining(start_level=1, preset="paper")
+    with pytest.raises(ValueError, match=r'preset "correction" or "exact", without alpha'):
+        MultiLevelTraining(start_level=1, alpha=0.5)
     with pytest.raises(ValueError, match=r"fresh_std is -1.0"):
         MultiLevelTraining(start_level=1, fresh_std=-1.0)
     swin = anatomy_of(make_model("swin", heads=2, head_dim=4, ffn=8, blocks=1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import lightning.pytorch as L
 import pytest
 import torch
@@ -89,6 +91,16 @@ def test_an_unclosed_cycle_is_warned_about(tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[callback], **ENDLESS)
     with pytest.warns(UserWarning, match="end with a smaller model"):
         callback.setup(trainer_connected(trainer), trainer.lightning_module, "fit")
+
+
+def test_and_not_once_more_as_if_something_had_stopped_it(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=[Phase(0, 3), Phase(1)])], max_steps=6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(TinyModule(), loader())
+    said = [str(each.message) for each in caught]
+    assert sum("smaller model" in each for each in said) == 1
+    assert not any("stopped it" in each for each in said)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +281,7 @@ def test_manual_steps_are_not_counted_in_epochs(tmp_path, length):
 
 
 def test_an_ignored_ramp_is_warned_about():
-    with pytest.warns(UserWarning, match="num_rewarm_steps is ignored"):
+    with pytest.warns(UserWarning, match="num_rewarm_steps is ignored.* learning_rate is 'continue'"):
         MultiLevelTraining(num_rewarm_steps=5)
 
 

@@ -309,6 +309,9 @@ def test_more_graphs_than_torch_compiles(tmp_path, known, graphs):
     many = {"start_tokens": 1, "growth": 10, "quantum": 1, "num_tokens": 12 if known else None, "pinned": [0]}
     messages = [r"this schedule makes 11 graphs", "recompile_limit", "Set max_lengths=8, or leave dynamic=False out"]
     refuse(tmp_path, [RandomLTD(**many)], messages, module)
+    # The formula of DeepSpeed knows no limit of lengths.
+    exact = RandomLTD(**many, compat="deepspeed")
+    refuse(tmp_path, [exact], [r"Leave dynamic=False out, or raise that limit"], module)
     few = RandomLTD(**many, max_lengths=4)
     assert len(fit(tmp_path, [few], module).losses) == 10
 

@@ -342,6 +342,16 @@ def test_with_accumulation_and_within_a_window(tmp_path):
             assert within.seen[:rest] == whole.seen[batch:][:rest]
 
 
+def test_it_may_go_on_with_a_batch_that_is_short(tmp_path):
+    """Which is refused as the first one of a run, of which one does not know better."""
+    lengths = (12, 12, 12, 3, 12)
+    ltd, data = {**LTD, "start_tokens": 4}, DataLoader(range(64))
+    whole = fit(tmp_path, [RandomLTD(**ltd), SaveAlways(tmp_path)], Deep(lengths=lengths), data=data)
+    resumed = Deep(lengths=lengths)
+    fit(tmp_path, [RandomLTD(**ltd)], resumed, data=data, resume=tmp_path / "batch-3.ckpt")
+    assert resumed.seen == whole.seen[3:]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rules")

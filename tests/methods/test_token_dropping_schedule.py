@@ -141,6 +141,7 @@ def test_the_quantum_never_empties_a_block():
 
 
 def test_the_whole_sequence_from_the_start():
+    assert TokenSchedule(8, 0, compat="deepspeed").kept_tokens(0, 31) == 31
     schedule = TokenSchedule(1.0, 0)
     assert [schedule.kept_tokens(step, 31) for step in range(3)] == [31] * 3
     assert [schedule.kept_windows(step, 4) for step in range(3)] == [4] * 3

@@ -31,6 +31,7 @@ from lit_accel.methods.layer_dropping.sampling import Sampler, sample_blocks
 from lit_accel.methods.method import Method
 from lit_accel.methods.preparation import prepare_run
 from lit_accel.methods.requirements import (
+    DROP_LESS,
     check_compilation,
     check_levels,
     check_rules,
@@ -199,7 +200,7 @@ class LayerDropping(Method):
             self._scale = resolve_scale(anatomy, self.scale, name)
             check_compilation(pl_module, transformer, anatomy, name)
             check_sublayers(transformer, anatomy, self._scale, name)
-            check_levels(trainer, full, self.check_level, self._coordinator.drops_at)
+            check_levels(trainer, full, self.check_level, DROP_LESS, self._coordinator.drops_at)
         self.num_steps = None
         # A module that makes its data in its own setup has none yet.
         if not self.needs_length or trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():

@@ -22,7 +22,12 @@ from lit_accel.methods.layer_dropping.dropper import Scale
 from lit_accel.methods.layer_dropping.history import History
 from lit_accel.methods.layer_dropping.probing import measuring, training_loss
 from lit_accel.methods.layer_dropping.protection import BlockList
-from lit_accel.methods.layer_dropping.refusals import droppable_blocks, require_gradients_of_all, why_calls_are_not_seen
+from lit_accel.methods.layer_dropping.refusals import (
+    droppable_blocks,
+    require_gradient,
+    require_gradients_of_all,
+    why_calls_are_not_seen,
+)
 from lit_accel.methods.layer_dropping.sampling import Sampler
 from lit_accel.methods.layer_dropping.sensitivity import ESTIMATES, Estimator, Meter, ablate, ablation_flops
 from lit_accel.methods.requirements import fetches_itself
@@ -190,11 +195,17 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that what is measured is there, and intercept the blocks."""
+        """See that no step is left without a gradient, that what is measured is there, and intercept the blocks."""
         transformer = find_transformer(pl_module)[1]
         anatomy = anatomy_of(transformer)
-        if self.estimator == "taylor" and (units := self._units_of(anatomy)):
-            require_gradients_of_all(transformer, anatomy, units, type(self).__name__)
+        if units := self._units_of(anatomy):
+            # The first and the last of them always run.
+            between = units[1:-1]
+            num_dropped = math.ceil((1 - self.kept) * len(anatomy.blocks))
+            num_dropped = len(between) if self.sampler == "bernoulli" else min(num_dropped, len(between))
+            require_gradient(pl_module, transformer, anatomy, between, num_dropped)
+            if self.estimator == "taylor":
+                require_gradients_of_all(transformer, anatomy, units, type(self).__name__)
         super().on_train_start(trainer, pl_module)
 
     # Keep probabilities

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as L
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.optim import Optimizer
 
-from lit_accel.anatomy import TransformerFollower, anatomy_of, find_transformer, uses_activation_checkpointing
-from lit_accel.methods.coordinator import coordinator_of
+from lit_accel.anatomy import (
+    Anatomy,
+    TransformerFollower,
+    anatomy_of,
+    find_transformer,
+    uses_activation_checkpointing,
+)
+from lit_accel.compute.observer import TransformerObserver
+from lit_accel.methods.coordinator import Coordinator, coordinator_of, num_sequences_of
 from lit_accel.methods.mixed_sparsity.arguments import check_choices, check_numbers, check_stages, check_units
 from lit_accel.methods.mixed_sparsity.attention import PatternName
 from lit_accel.methods.mixed_sparsity.distribution import Distribution
@@ -177,6 +185,7 @@ class MixedSparsityTraining(PlannedUnits):
         self._sparsity: DynamicSparsity | None = None
         self._state: dict[str, Any] | None = None
         self._follower: TransformerFollower | None = None
+        self._observer: TransformerObserver | None = None
         self._loaded_rules: dict[str, Any] = {}
         self._num_reshapings = 0
         self._present_step = 0
@@ -218,7 +227,10 @@ class MixedSparsityTraining(PlannedUnits):
         if self.attention_pattern is not None:
             check_pattern(anatomy)
         check_model(transformer, self._targets_of(anatomy))
-        check_levels(trainer, anatomy.at(full_size(pl_module)), lambda level: check_counts(self._targets_of(level)))
+        self._full = anatomy.at(full_size(pl_module))
+        check_levels(
+            trainer, self._full, lambda level: check_counts(self._targets_of(level)), "Or reduce its width less."
+        )
         # A module that makes its data in its own setup has none yet.
         if trainer.max_epochs == -1 or not trainer.fit_loop._data_source.is_module():
             self.resolve(trainer, pl_module)
@@ -261,7 +273,7 @@ class MixedSparsityTraining(PlannedUnits):
         shares = self.targets.shares(
             num_tokens,
             activation_checkpointing=uses_activation_checkpointing(find_transformer(pl_module)[1]),
-            num_sequences=getattr(data, "batch_size", 1),
+            num_sequences=num_sequences_of(trainer),
         )
         rank_zero_info(
             f"{type(self).__name__} alone will cost {shares.dense:.1%} of the FLOPs of a dense run; "
@@ -301,7 +313,17 @@ class MixedSparsityTraining(PlannedUnits):
         self._loaded_rules = {}
         self._step = trainer.global_step
         self._follower = TransformerFollower(pl_module, self._follow)
+        if len(coordinator_of(trainer).methods) > 1:
+            self._full = anatomy_of(transformer).at(full_size(pl_module))
+            self._observer = TransformerObserver(pl_module, partial(self._on_forward, coordinator_of(trainer)))
         self._compare_ranks(trainer)
+
+    def _on_forward(
+        self, coordinator: Coordinator, anatomy: Anatomy, transformer: nn.Module, num_sequences: int, num_tokens: int
+    ) -> None:
+        # The data may not have said how long sequences are.
+        if is_grad_enabled():
+            coordinator.on_first_call(self._full, num_sequences, num_tokens)
 
     def _follow(self, transformer: nn.Module) -> None:
         """Turn to a transformer: the first one, or, while all units are on, one of another size."""
@@ -330,9 +352,10 @@ class MixedSparsityTraining(PlannedUnits):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave a whole model behind."""
-        if self._follower is not None:
-            self._follower.close()
-            self._follower = None
+        for part in (self._follower, self._observer):
+            if part is not None:
+                part.close()
+        self._follower = self._observer = None
         if self._sparsity is not None:
             self._sparsity.close()
             self._state = self._sparsity.to_state()

@@ -123,7 +123,7 @@ class MultiLevelTraining(PreparedLevels):
             raise ValueError(
                 f"coarse (or alpha) is {self.interpolation.coarse}, but with start_level {start_level} there is no "
                 "trained larger model to mix the small one with: what it has learned must be kept whole. Use preset "
-                '"correction" or "exact".'
+                '"correction" or "exact", without alpha and coarse.'
             )
         self.depth_mode = depth_mode or chosen.depth_mode
         self.width_grouping = width_grouping
@@ -131,7 +131,7 @@ class MultiLevelTraining(PreparedLevels):
         self.optimizer_state = optimizer_state or chosen.optimizer_state
         self.learning_rate = learning_rate or chosen.learning_rate
         if num_rewarm_steps is not None and self.learning_rate != "rewarm":
-            rank_zero_warn(f'num_rewarm_steps is ignored: it is for "rewarm", learning_rate is {learning_rate!r}.')
+            rank_zero_warn(f'num_rewarm_steps is ignored: it is for "rewarm", learning_rate is {self.learning_rate!r}.')
         self.num_rewarm_steps = num_rewarm_steps or 100
 
         self.schedule: tuple[ResolvedPhase, ...] = ()
@@ -233,12 +233,15 @@ class MultiLevelTraining(PreparedLevels):
         self._warn_of_small(trainer)
 
     def _warn_of_small(self, trainer: L.Trainer) -> None:
-        if self._level != 0:
+        if self._level == 0:
+            return
+        last = self.schedule[-1]
+        # One that was to end small has been warned of before it began.
+        if trainer.global_step < last.end or last.level != self._level:
             rank_zero_warn(
-                f"Training ended at step {trainer.global_step} of {self.schedule[-1].end} at level {self._level}, with "
-                "a smaller model than it began. To grow it back, take away what stopped it (EarlyStopping, max_time, "
-                "fewer epochs) and resume from its last checkpoint; without one, train anew with a max_steps that it "
-                "reaches."
+                f"Training ended at step {trainer.global_step} of {last.end} at level {self._level}, with a smaller "
+                "model than the full one. To let it grow, take away what stopped it (EarlyStopping, max_time, fewer "
+                "epochs) and resume from its last checkpoint; without one, train anew with a max_steps that it reaches."
             )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

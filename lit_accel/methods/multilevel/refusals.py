@@ -235,7 +235,9 @@ def check_end(trainer: L.Trainer, last_level: int, level_given: Callable[[], int
             f'end with. {end} start_method="popen".'
         )
     if last_level != 0:
-        rank_zero_warn(f"The last phase is at level {last_level}: the run will end with a smaller model than it began.")
+        rank_zero_warn(
+            f"The last phase is at level {last_level}: the run will end with a smaller model than the full one."
+        )
 
 
 def check_optimizers(

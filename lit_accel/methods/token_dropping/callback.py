@@ -24,6 +24,7 @@ from lit_accel.compute.observer import TransformerObserver
 from lit_accel.compute.phases import sum_over_ranks
 from lit_accel.methods.preparation import prepare_run
 from lit_accel.methods.requirements import (
+    DROP_LESS,
     check_compilation,
     check_levels,
     check_rules,
@@ -192,6 +193,7 @@ class RandomLTD(PlannedTokens):
                 trainer,
                 self._full,
                 lambda level: dropping_blocks(level, self.pinned, self.scope),
+                DROP_LESS,
                 self._coordinator.drops_at,
             )
         self.num_steps, self.schedule = None, None
@@ -352,7 +354,9 @@ class RandomLTD(PlannedTokens):
         if not (is_grad_enabled() and self._dropper.routing.modules[self.blocks[0] if self.blocks else 0].training):
             return
         if not self._has_predicted:
-            check_first_batch(self.start_tokens, num_tokens)
+            if self._step == 0:
+                # A run that goes on was not refused when it began.
+                check_first_batch(self.start_tokens, num_tokens)
             self._predict(self._observer.module, num_tokens)
         self._coordinator.on_first_call(self._full, num_sequences, num_tokens)
         self._books.begin_call(anatomy, self.blocks, num_sequences, num_tokens)

@@ -251,10 +251,11 @@ def check_graphs(transformer: nn.Module, plan: TokenPlan) -> None:
     limit = torch._dynamo.config.recompile_limit
     num_graphs = plan.num_graphs()
     if num_graphs > limit:
-        advice = "Do not compile them" if has_windows else f"Set max_lengths={limit}, or leave dynamic=False out"
+        fewer = "" if plan.schedule.compat else f"set max_lengths={limit}, or "
+        advice = "do not compile them" if has_windows else f"{fewer}leave dynamic=False out"
         raise MisconfigurationException(
             f"The blocks are compiled, and this schedule makes {num_graphs} graphs of them; torch makes no more than "
-            f"{limit} (torch._dynamo.config.recompile_limit). {advice}, or raise that limit."
+            f"{limit} (torch._dynamo.config.recompile_limit). {advice[0].upper()}{advice[1:]}, or raise that limit."
         )
 
 

@@ -82,7 +82,7 @@ class TokenSchedule:
             A number from 1 to ``num_tokens``; the latter, too, where a sequence is no longer than ``start``.
         """
         if self.compat == "deepspeed":
-            if num_tokens <= self.start:
+            if num_tokens <= self.start or self.growth_steps == 0:
                 return num_tokens
             grown = math.floor(step / self.growth_steps * (num_tokens - self.start) + self.start)
             return min(grown - grown % self.quantum, num_tokens)
