@@ -62,7 +62,7 @@ class AccelTrainer(L.Trainer):
             model: The module, which may have no weights; with a calibration it needs them, and changes them.
             datamodule: Its data module.
             calibrate: Whether to train some steps on this machine, to predict seconds.
-            picture: Where to draw what each step costs, a PNG file; null for nowhere.
+            picture: Where to draw what each step costs, a PNG, PDF, SVG or JPEG file; null for nowhere.
             num_sequences: Sequences of a micro-batch. Default: those of the first training batch.
             num_tokens: Tokens of each. Default: the same.
 
@@ -83,7 +83,7 @@ def show(forecast: Forecast, picture: str | None) -> None:
 
     Args:
         forecast: What a run will be like.
-        picture: Where to draw it, a PNG file; ``None`` for nowhere.
+        picture: Where to draw it, a PNG, PDF, SVG or JPEG file; ``None`` for nowhere.
     """
     Console().print(forecast_tables(forecast))
     if picture is not None:

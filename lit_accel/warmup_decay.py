@@ -77,8 +77,8 @@ class WarmupDecay(LRScheduler):
             if self.last_epoch > 0:
                 raise RuntimeError(
                     f"{type(self).__name__} does not know the length of the run: pass num_total_steps=..., or call "
-                    "scheduler.bind(trainer.estimated_stepping_batches) before training, as the tasks of lit_accel and "
-                    "the callback RandomLTD do."
+                    "scheduler.bind(trainer.estimated_stepping_batches) before training, as the tasks of lit_accel do "
+                    "(and RandomLTD, for a LayerTokenLR)."
                 )
             # Until it is bound, nothing must be learnt at a wrong rate.
             return [0.0 * base_lr for base_lr in self.base_lrs]

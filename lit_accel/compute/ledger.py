@@ -41,8 +41,8 @@ class ComputeLedger(Callback):
     without gradients, the forward pass alone. A block that a method skips is not charged, one that runs on some of its
     tokens is charged for those; of matrices whose units are off in part, what is on is charged, whether or not the
     machine computes the rest; and what a method spends on measuring the model is charged, too. Validation is not
-    counted; frozen parameters are counted like trained ones. If the model is resized in mid-training, or the number
-    of its units that are on changes, a new *phase* begins.
+    counted; frozen parameters are counted like trained ones. If the model is resized in mid-training, or a stage
+    of its sparsity begins, a new *phase* begins.
 
     - *Dense-equivalent* FLOPs are what the full-size model would have paid on the same batches. The full size
       is the one that the module has where the run begins; a resumed run takes it from its checkpoint.

@@ -30,9 +30,10 @@ class TrainingGuard(L.Callback):
     """Stops a run whose loss or gradients are no longer finite right after a method has changed the model.
 
     A *transition* is what methods themselves call one: a change of size, other units switched on, the first step in
-    which blocks or tokens may be dropped. In the steps after it, losses and gradients are looked at before the
-    optimizer applies them; where one is not finite on any rank, all ranks stop with a :class:`NonFiniteError` that says
-    what the transition was. The weights are those before the step.
+    which blocks or tokens may be dropped again, where :class:`~lit_accel.Composition` has held that back. In the steps
+    after it, losses and gradients are looked at before the optimizer applies them; where one is not finite on any rank,
+    all ranks stop with a :class:`NonFiniteError` that says what the transition was. The weights are those before the
+    step.
 
     With several processes, they also compare from time to time what their methods have decided, so that ranks that have
     come apart stop with an error and do not wait for each other.
@@ -42,8 +43,9 @@ class TrainingGuard(L.Callback):
 
     Args:
         num_steps: Optimizer steps after a transition in which losses and gradients are looked at; 0 for none.
-        roll_back: Whether to write a checkpoint before each transition, in the place of the one before, and to put its
-            weights back into the module when the run is stopped. Resume from it with other settings.
+        roll_back: Whether to write a checkpoint before each transition but one at the first step of a fit, in the place
+            of the one before, and to put its weights back into the module when the run is stopped. Resume from it with
+            other settings.
         folder: Where that checkpoint goes, ``before_transition.ckpt``. Default: the logger's folder, or
             ``Trainer.default_root_dir``.
         check_ranks_every: With several processes, after how many optimizer steps they compare what was decided.

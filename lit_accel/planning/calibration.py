@@ -27,10 +27,10 @@ def calibrate(
 ) -> tuple[float, ...]:
     """Predict the seconds of each phase of a run.
 
-    In each phase steps are trained at its start and where it costs least and most, by the run's own methods: what
-    decides by the optimizer step is told that it is there. A straight line through what they took says what the other
-    steps of the phase take. Validation, checkpoints and logging are left out, as is what a change of size costs the
-    first time that a size is met (compilation).
+    In each phase steps are trained at its start, its end and where it costs least and most, by the run's own
+    methods: what decides by the optimizer step is told that it is there. A straight line through what they took
+    says what the other steps of the phase take. Validation, checkpoints and logging are left out, as is what a
+    change of size costs the first time that a size is met (compilation).
 
     Args:
         trainer: A Trainer like that of the run; its other callbacks, loggers and validation are left out. It must not
@@ -62,7 +62,7 @@ def calibrate(
 
 
 def _places(plan: RunPlan, length: int) -> list[int]:
-    """Return the first steps of what is to be trained: in each phase its start, and where it costs least and most."""
+    """Return the first steps of what is to be trained: each phase's start, end, and where it costs least and most."""
     places: set[int] = set()
     ends = [*(phase.start for phase in plan.phases[1:]), plan.num_steps]
     for phase, end in zip(plan.phases, ends, strict=True):

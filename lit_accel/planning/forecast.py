@@ -89,8 +89,9 @@ def plan(
 ) -> Forecast:
     """Predict what a run will cost and need, with the schedules of all its methods, step by step.
 
-    What ``trainer.fit`` would refuse before training is refused here too. The module may be built on the meta device
-    (``with torch.device("meta")``), so that models of any size can be planned.
+    What ``trainer.fit`` would refuse before training is refused here too, but for some checks of blocks that are frozen
+    or in evaluation mode. The module may be built on the meta device (``with torch.device("meta")``), so that models of
+    any size can be planned.
 
     Args:
         trainer: The Trainer with its callbacks; it must not be used to train afterwards.

@@ -40,7 +40,7 @@ def draw_forecast(forecast: Forecast, path: str | Path) -> None:
 
     Args:
         forecast: What a run will be like.
-        path: The PNG file to write; its folder is made.
+        path: The file to write, a PNG, PDF, SVG or JPEG; its folder is made.
     """
     # Here, because a training process has no use for it.
     from matplotlib.figure import Figure

@@ -51,8 +51,8 @@ _STATE_VERSION = 1
 class LayerDropping(Method):
     """Base of the callbacks that skip blocks in training: subclasses say with which probability each is kept.
 
-    One mask holds for a whole optimizer step, on all micro-batches and ranks. It is drawn from the seed and the step
-    alone.
+    One mask holds for a whole optimizer step, on all micro-batches and ranks. It is drawn from the seed, the
+    step and the probabilities so far.
 
     Args:
         pinned: Indices of blocks that always run; negative ones count from the last.

@@ -1,4 +1,4 @@
-"""Which blocks run in an optimizer step: draws that depend on the seed and the step alone."""
+"""Which blocks run in an optimizer step: draws that depend on the seed, the step and the probabilities so far."""
 
 from __future__ import annotations
 

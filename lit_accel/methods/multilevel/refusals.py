@@ -79,8 +79,8 @@ def check_model(
         more = f" and {len(lost) - 4} more" if len(lost) > 4 else ""
         rank_zero_warn(
             f"At its first change of size {type(transformer).__name__} is built anew from its configuration, and this "
-            f"is lost for the rest of the run: {', '.join(lost[:4])}{more}. Make it part of the configuration, or do "
-            "without."
+            f"is lost for the rest of the run: {', '.join(lost[:4])}{more}. Do without, or make it part of "
+            "the configuration where it can be."
         )
     if loses_compilation(transformer, anatomy):
         rank_zero_warn(
