@@ -46,7 +46,7 @@ class PreparedLevels(PlannedLevels):
     _loaded_rules: dict[str, Any]
     _given_size: Size | None
     _start_size: Size | None
-    #: The module whose size that is, with which the run began.
+    #: The module that brought the size with which the run began, ``_start_size``.
     _start_of: weakref.ref[L.LightningModule] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
