@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import DeviceStatsMonitor, LearningRateMonitor, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
@@ -29,6 +29,7 @@ from lit_accel.command_inputs import (
     config_files,
     require_end,
 )
+from lit_accel.command_last import last_checkpoint
 from lit_accel.command_messages import readable
 from lit_accel.command_types import whole_numbers_first
 from lit_accel.compute import ComputeLedger
@@ -116,6 +117,7 @@ class LitAccelCLI(LightningCLI):
       the same optimizer for ever, and after a resize it would step parameters that no longer exist.
     - Of several :class:`~lit_accel.ComputeLedger` the last one counts: fragments that compose each bring one.
     - ``plan`` says what a run would cost, with a model that has no weights.
+    - ``--ckpt_path last`` is the newest ``last.ckpt`` of all runs with the same name, not of the folder of this one.
 
     Args:
         args: Arguments as on the command line; ``None`` takes those of the process.
@@ -182,6 +184,9 @@ class LitAccelCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         subcommand = self.config.get("subcommand")
         config = self.config[subcommand] if subcommand else {}
+        if config.get("ckpt_path") == "last" and (last := last_checkpoint(config["trainer"].as_dict())) is not None:
+            rank_zero_info(f"--ckpt_path last is {last}.")
+            config["ckpt_path"] = str(last)
         checkpoint = check_checkpoint(config.get("ckpt_path"), is_resumed=subcommand == "fit")
         if checkpoint is not None and config.get("model") is not None:
             check_same_model(checkpoint, config["model"].as_dict())
