@@ -37,6 +37,11 @@ METHODS: dict[str, tuple[type[L.Callback], dict[str, Any]]] = {
         MultiLevelTraining,
         {"phases": [Phase(0, 2), Phase(1, 6), Phase(0)], "learning_rate": "rewarm", "num_rewarm_steps": 3},
     ),
+    "merged": (
+        MultiLevelTraining,
+        {"levels": [Level(merge_batches=2)], "phases": [Phase(0, 2), Phase(1, 9), Phase(0)]},
+    ),
+    "growth": (MultiLevelTraining, {"start_level": 1, "phases": [Phase(1, 9), Phase(0)]}),
     "pld": (ProgressiveLayerDropping, {}),
     "sbld": (SensitivityLayerDropping, {"max_overhead": 1.0, "warmup": 2, "measure_every": 2, "kept": 0.9}),
     "ltd": (RandomLTD, {"start_tokens": 4, "quantum": 1}),
@@ -55,6 +60,8 @@ MAY: list[tuple[str, dict[str, Any], str]] = [
         "multi-level training: lr_scale [1.0, 1.0, 1.0] (now [1.0, 4.0, 1.0]). ",
     ),
     ("ramps", {"num_rewarm_steps": 5}, "multi-level training: num_rewarm_steps 3 (now 5). "),
+    ("merged", {"levels": [Level()]}, "multi-level training: merge_batches [2] (now [1]). "),
+    ("growth", {"fresh_std": 0.1}, "multi-level training: fresh_std 0.02 (now 0.1). "),
     ("pld", {"theta": 0.8}, "layer dropping: theta 0.5 (now 0.8)"),
     ("pld", {"seed": 3}, "layer dropping: seed 0 (now 3)"),
     ("pld", {"pinned": [1]}, "layer dropping: pinned [] (now [1])"),
@@ -96,6 +103,8 @@ def run(folder: Path, name: str, changed: dict[str, Any], resume: Path | None = 
     if resume is None:
         callbacks.append(ModelCheckpoint(folder, filename="{step}", every_n_train_steps=STOPPED, save_top_k=-1))
     options = {"max_steps": STEPS, "enable_checkpointing": resume is None, **options}
+    if name == "merged":
+        options["accumulate_grad_batches"] = 2
     module = TinyModule()
     make_trainer(folder, callbacks=callbacks, **options).fit(module, loader(num_samples=8 * STOPPED), ckpt_path=resume)
     return module
@@ -124,7 +133,7 @@ def test_what_may_change_does_and_is_said(tmp_path, stopped, name, changed, mess
     (words,) = said(caught)
     assert words.startswith(f"The checkpoint was trained with other rules of {message}")
     assert words.endswith("Those of now hold.")
-    assert len(module.losses) == STEPS - STOPPED
+    assert len(module.losses) == (STEPS - STOPPED) * module.trainer.accumulate_grad_batches
 
 
 @pytest.mark.parametrize(
@@ -255,6 +264,14 @@ def test_nor_is_it_where_the_module_is_as_small_already(tmp_path, stopped):
     # For itself, as it advises.
     make_trainer(tmp_path, strategy="auto", max_steps=2).fit(module, loader())
     assert len(module.losses) == 2
+
+
+def test_a_small_model_that_began_small_is_not_taken_for_a_shrunk_one(tmp_path, stopped):
+    with (
+        pytest.warns(UserWarning, match=r"other rules of multi-level training: start_level 1 \(now 0\)"),
+        pytest.raises(MisconfigurationException, match=r"stored weights of level 0.* are not in the checkpoint"),
+    ):
+        run(tmp_path, "growth", {"start_level": 0}, stopped["growth"])
 
 
 def test_lists_and_tuples_are_the_same_settings(recwarn):

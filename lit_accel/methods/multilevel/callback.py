@@ -357,11 +357,17 @@ class MultiLevelTraining(PreparedLevels):
             "fine": self.interpolation.fine,
             "optimizer_state": self.optimizer_state,
             "learning_rate": self.learning_rate,
-            # Beside the phases, not in them: older checkpoints, which lack it, still compare equal.
+            # Beside the phases and levels, not in them: older checkpoints, which lack them, still compare equal.
             "lr_scale": [phase.lr_scale for phase in self.schedule],
+            "merge_batches": [level.merge_batches for level in self.levels],
+            "start_level": self.start_level,
         }
-        # Of another policy it says nothing, and would only be in the way of the message that the policy has changed.
-        return {**rules, "num_rewarm_steps": self.num_rewarm_steps} if self.learning_rate == "rewarm" else rules
+        # Elsewhere these say nothing, and would only be in the way of the message of what has changed.
+        if self.learning_rate == "rewarm":
+            rules["num_rewarm_steps"] = self.num_rewarm_steps
+        if self.start_level:
+            rules["fresh_std"] = self._stored.fresh_std
+        return rules
 
     def _map_settings(self) -> dict[str, Any]:
         return {
