@@ -324,6 +324,19 @@ class Evidence:
             b2=b2,
         )
 
+    def best_smaller_model(self, budget: float) -> Reading | None:
+        """Return the smaller dense model that saves most FLOPs at a budget, if any saving can be read.
+
+        Args:
+            budget: The budget.
+        """
+        known = {
+            reading.in_flops.share: reading
+            for reading in self.smaller_models
+            if reading.budget == budget and reading.in_flops.share is not None
+        }
+        return known[max(known)] if known else None
+
     def better_model(self, reading: Reading, cost: Cost = "flops") -> Reading | None:
         """Return the smaller dense model that does best of those that do better than an arm, if there is one.
 

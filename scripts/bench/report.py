@@ -59,9 +59,7 @@ def blocks() -> dict[Path, dict[str, str]]:
             f"study:{name}:tuning": tables.tuning_table(each),
         }
     study["study:short"] = tables.in_short(found)
-    settings = "\n".join(f"- {tables.setting(each)}" for each in found.values())
-    summary = [tables.state(rows), tables.in_short(found), f"{settings}\n\n{tables.FAR_FROM_CONVERGED}"]
-    summary += [tables.summary_table(found)]
+    summary = [tables.state(rows), tables.in_short(found), tables.FAR_FROM_CONVERGED, tables.summary(found)]
     cards = {
         ROOT / "lit_accel" / "methods" / method / "README.md": {
             "results:study": "\n\n".join(

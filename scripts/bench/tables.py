@@ -12,21 +12,19 @@ import numpy as np
 from scipy import stats
 
 from lit_accel.report.frontier import amount
+from lit_accel.report.noise import Cost
 from lit_accel.report.saving import Saving
 from scripts.bench.analysis import CONFIDENCE, End, Evidence, Gap, Reading, mean_and_deviation
 from scripts.bench.jobs import jobs, row_key
 from scripts.bench.log import Row
 from scripts.bench.study import DENSE, TOGETHER, Arm
 from scripts.bench.tuning import is_interior
-from scripts.bench.verdicts import Verdict, controls, saved, verdict
+from scripts.bench.verdicts import Verdict, saved, verdict
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
-
-
-_EXPLORATORY = " (exploratory)"
 
 
 def state(rows: Sequence[Row]) -> str:
@@ -43,7 +41,7 @@ def state(rows: Sequence[Row]) -> str:
     )
 
 
-FAR_FROM_CONVERGED = "That is far from converged: the regime in which small and cheap models look best."
+FAR_FROM_CONVERGED = "All runs are far from converged: the regime in which small and cheap models look best."
 
 
 def regime(evidence: Evidence) -> str:
@@ -66,16 +64,8 @@ def setting(evidence: Evidence) -> str:
 
 def _without_methods(evidence: Evidence) -> str:
     """Say what a smaller model saves, beside which all savings of methods are to be seen."""
-    found = []
-    for budget in evidence.rung.budgets:
-        savings = [
-            (reading.in_flops.share, reading.arm.title, saved(reading))
-            for reading in evidence.smaller_models
-            if reading.budget == budget and reading.in_flops.share is not None
-        ]
-        if savings:
-            _, title, words = max(savings)
-            found.append(f"{title}, at x{budget:g} {words}")
+    best = map(evidence.best_smaller_model, evidence.rung.budgets)
+    found = [f"{reading.arm.title}, at x{reading.budget:g} {saved(reading)}" for reading in best if reading is not None]
     return f" What fewer blocks do without any method: {'; '.join(found)}." if found else ""
 
 
@@ -251,27 +241,52 @@ def in_short(found: Mapping[str, Evidence]) -> str:
         lines.append(
             f"- {evidence.rung.title.partition(',')[0]}, {len(methods)} methods and variants: {counted}. A dense model "
             f"with fewer blocks did better than {'all' if outdone == len(methods) else outdone} of them."
-            f"{_without_methods(evidence)}"
         )
     return "\n".join(lines)
 
 
-def summary_table(found: Mapping[str, Evidence]) -> str:
-    """Return the verdicts of all rungs side by side, without the reasons that are the same for many."""
-    titles: dict[str, str] = {}
-    cells: dict[str, dict[str, str]] = {}
-    for rung, evidence in found.items():
-        for arm in evidence.study.others:
-            readings = evidence.of(arm.name)
-            if arm.role != "method" or not readings:
-                continue
-            titles.setdefault(arm.name, arm.title.removesuffix(_EXPLORATORY))
-            said = [", ".join([f"x{reading.budget:g} {saved(reading)}", *controls(reading)]) for reading in readings]
-            note = "exploratory, " if arm.title.endswith(_EXPLORATORY) else ""
-            cells.setdefault(arm.name, {})[rung] = f"**{note}{verdict(evidence, arm)[0]}**: {'; '.join(said)}"
-    headings = [evidence.rung.title.partition(",")[0] for evidence in found.values()]
-    lines = [[title, *(cells[name].get(rung, "") for rung in found)] for name, title in titles.items()]
-    return table(["method", *headings], lines)
+def summary(found: Mapping[str, Evidence]) -> str:
+    """Return what was found on each rung: what was trained, and a table of verdicts without intervals."""
+    parts = []
+    for evidence in found.values():
+        name, _, rest = setting(evidence).partition(",")
+        parts.append(f"**{name}**,{rest}\n\n{summary_table(evidence)}")
+    return "\n\n".join(parts)
+
+
+def summary_table(evidence: Evidence) -> str:
+    """Return the verdicts of a rung, after what the best of the smaller dense models saves by itself."""
+    readings = {(reading.arm.name, reading.budget): reading for reading in evidence.readings}
+    budgets = sorted({budget for _, budget in readings})
+    best = [evidence.best_smaller_model(budget) for budget in budgets]
+    titles = " / ".join(dict.fromkeys(reading.arm.title for reading in best if reading is not None))
+    lines = [[f"*{titles}*", "*no method*", *_savings(best), "", ""]] if titles else []
+    for arm in evidence.study.others:
+        run = [readings.get((arm.name, budget)) for budget in budgets]
+        if arm.role == "method" and any(run):
+            b1 = " / ".join(_outcome(reading and reading.b1) for reading in run)
+            b2 = " / ".join(_outcome(reading and reading.b2) for reading in run)
+            lines.append([arm.title, f"**{verdict(evidence, arm)[0]}**", *_savings(run), b1, b2])
+    at = " / ".join(f"x{budget:g}" for budget in budgets)
+    return table(["method", "verdict", f"FLOPs saved, {at}", f"seconds saved, {at}", "B1", "B2"], lines)
+
+
+def _savings(readings: Sequence[Reading | None]) -> list[str]:
+    """Return what was saved at each budget, in FLOPs and, in a cell of its own, in seconds."""
+    costs: tuple[Cost, ...] = ("flops", "seconds")
+    return [" / ".join("missing" if r is None else _in_short(r.saving(cost)) for r in readings) for cost in costs]
+
+
+def _in_short(saving: Saving) -> str:
+    if saving.share is not None:
+        return f"{saving.share:+.0%}"
+    return "?" if saving.outside is None else _bound(math.inf if saving.outside == "better" else -math.inf)
+
+
+def _outcome(gap: Gap | None) -> str:
+    if gap is None:
+        return "missing"
+    return "beats" if gap.high < 0 else "loses" if gap.low > 0 else "not told"
 
 
 def tuning_table(evidence: Evidence) -> str:

@@ -90,3 +90,24 @@ def test_the_parameters_in_blocks_are_those_of_the_model(rung):
         model = getattr(lit_accel.tasks, rung.task)(**rung.model).model
     blocks = model.get_submodule({"gpt": "transformer.h", "vit": "blocks", "bert": "bert.encoder.layer"}[rung.name])
     assert sum(parameter.numel() for parameter in blocks.parameters()) == rung.body
+
+
+def test_the_summary_has_every_method_once_with_seconds_in_a_column_of_their_own(found):
+    for evidence in found.values():
+        lines = tables.summary_table(evidence).splitlines()
+        header, _, smaller, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+        at = " / ".join(f"x{budget:g}" for budget in evidence.rung.budgets)
+        assert header == ["method", "verdict", f"FLOPs saved, {at}", f"seconds saved, {at}", "B1", "B2"]
+        assert smaller[1] == "*no method*"
+        methods = [arm for arm in evidence.study.others if arm.role == "method"]
+        assert [row[0] for row in rows] == [arm.title for arm in methods]
+        for arm, row in zip(methods, rows, strict=True):
+            readings = evidence.of(arm.name)
+            for cell, cost in zip(row[2:4], ("flops", "seconds"), strict=True):
+                savings = [reading.saving(cost).share for reading in readings]
+                assert None in savings or cell == " / ".join(f"{share:+.0%}" for share in savings)
+            gaps = [*(reading.b1 for reading in readings), *(reading.b2 for reading in readings)]
+            words = [word for cell in row[4:] for word in cell.split(" / ")]
+            assert [word == "beats" for word in words] == [gap.high < 0 for gap in gaps]
+    # As planted: on the GPT six of eight blocks are worth more than anything else.
+    assert "| *dense, 6 blocks* |" in tables.summary_table(found["gpt"])
