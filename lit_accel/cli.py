@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from dataclasses import replace
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from rich.console import Console
 
 # Imported for what it registers: the strategies that YAML knows by name.
 import lit_accel.strategies  # noqa: F401
+from lit_accel.command_config import SaveRunConfig
 from lit_accel.command_errors import answers, fault_at_import, is_raised_by
 from lit_accel.command_inputs import (
     check_checkpoint,
@@ -30,7 +30,7 @@ from lit_accel.command_inputs import (
     require_end,
 )
 from lit_accel.command_last import last_checkpoint
-from lit_accel.command_messages import readable
+from lit_accel.command_messages import parameters_of, readable
 from lit_accel.command_types import whole_numbers_first
 from lit_accel.compute import ComputeLedger
 from lit_accel.methods.preparation import watch_over
@@ -56,6 +56,8 @@ class AccelTrainer(L.Trainer):
         picture: str | None = "plan.png",
         num_sequences: int | None = None,
         num_tokens: int | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
     ) -> Forecast:
         """Print what a run would cost and need, without training it.
 
@@ -66,6 +68,8 @@ class AccelTrainer(L.Trainer):
             picture: Where to draw what each step costs, a PNG, PDF, SVG or JPEG file; null for nowhere.
             num_sequences: Sequences of a micro-batch. Default: those of the first training batch.
             num_tokens: Tokens of each. Default: the same.
+            ckpt_path: Ignored, as the next: a plan is of the whole run. They are in the configurations that runs save.
+            weights_only: See there.
 
         Returns:
             What was printed.
@@ -139,7 +143,7 @@ class LitAccelCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveRunConfig,
             parser_kwargs={
                 "prog": "lit-accel",
                 "description": "Train transformers at a lower cost. A later --config overrides the earlier. "
@@ -184,6 +188,10 @@ class LitAccelCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         subcommand = self.config.get("subcommand")
         config = self.config[subcommand] if subcommand else {}
+        if subcommand == "plan":
+            if config.get("ckpt_path") is not None:
+                rank_zero_warn("--ckpt_path is ignored: a plan is of the whole run, from its first step.")
+            return
         if config.get("ckpt_path") == "last" and (last := last_checkpoint(config["trainer"].as_dict())) is not None:
             rank_zero_info(f"--ckpt_path last is {last}.")
             config["ckpt_path"] = str(last)
@@ -217,7 +225,11 @@ class LitAccelCLI(LightningCLI):
         def build(class_type: type[LightningModule], *args: Any, **kwargs: Any) -> LightningModule:
             if not self._is_on_meta:
                 return class_type(*args, **kwargs)
-            with torch.device("meta"):
+            try:
+                with torch.device("meta"):
+                    return class_type(*args, **kwargs)
+            except RuntimeError:
+                # One that loads weights, or looks at them.
                 return class_type(*args, **kwargs)
 
         self.parser.add_instantiator(build, LightningModule, subclasses=True, prepend=True)
@@ -229,7 +241,7 @@ class LitAccelCLI(LightningCLI):
             MisconfigurationException: If it was; the data's would be taken without a word.
         """
         super().instantiate_classes()
-        parameters = inspect.signature(type(self.model)).parameters
+        parameters = parameters_of(type(self.model))
         for name, told in self._told.items():
             said = getattr(self.datamodule, name, None)
             is_default = name in parameters and told == parameters[name].default

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import os
 import pickle
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_accel.arguments import did_you_mean, is_number
+from lit_accel.command_messages import class_at, parameters_of
 
 # What Lightning takes as it is, to fail in training or never to notice.
 _LEAST = {
@@ -72,13 +74,13 @@ def check_config_file(given: str) -> None:
     """Check that a configuration file is there, is YAML and holds a mapping in which no key comes twice.
 
     Args:
-        given: What was given as ``--config``: a path, or a configuration itself.
+        given: What was given as ``--config``: a path; or a configuration itself, or an address, which are not read.
 
     Raises:
         ValueError: If not.
     """
     path = Path(given).expanduser()
-    if not given or "\n" in given or given.lstrip().startswith("{"):
+    if not given or "\n" in given or given.lstrip().startswith("{") or "://" in given:
         return
     if not path.exists():
         raise ValueError(f"There is no file {given}, given as --config.{_near(path)}")
@@ -160,7 +162,8 @@ def check_checkpoint(given: Any, *, is_resumed: bool) -> Mapping[str, Any] | Non
     if not path.exists():
         raise MisconfigurationException(f"There is no checkpoint {given}, given as --ckpt_path.{_near(path)}")
     if path.is_dir():
-        if not (path / ".metadata").is_file():
+        # The last two are DeepSpeed's.
+        if not any((path / name).exists() for name in (".metadata", "checkpoint", "latest")):
             raise MisconfigurationException(
                 f"{given}, given as --ckpt_path, is a folder and no checkpoint of several processes. Give the file in "
                 "it, such as checkpoints/last.ckpt."
@@ -225,10 +228,10 @@ def check_same_model(checkpoint: Mapping[str, Any], model: Mapping[str, Any]) ->
     given = dict(model.get("init_args") or {})
     defaults = _defaults(str(model.get("class_path")))
     for name in stored.keys() & given.keys():
-        value, was = given[name], stored[name]
+        value, was = _written(given[name]), stored[name]
         if value is None or list(_flat(value)) == list(_flat(was)):
             continue
-        if value == defaults.get(name):
+        if value == _written(defaults.get(name)):
             # Nobody knows whether it was given.
             rank_zero_warn(
                 f"model.{name} is {value!r}, its default, and the checkpoint was trained with {was!r}, which holds. "
@@ -243,12 +246,20 @@ def check_same_model(checkpoint: Mapping[str, Any], model: Mapping[str, Any]) ->
 
 def _defaults(class_path: str) -> dict[str, Any]:
     """Return the default of each argument of a class."""
-    try:
-        module, _, name = class_path.rpartition(".")
-        parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    except (ImportError, AttributeError, ValueError, TypeError):
-        return {}
-    return {name: parameter.default for name, parameter in parameters.items()}
+    return {name: parameter.default for name, parameter in parameters_of(class_at(class_path)).items()}
+
+
+def _written(value: Any) -> Any:
+    """Return a value as a checkpoint has it, which holds what a configuration file would."""
+    if isinstance(value, Mapping):
+        return {name: _written(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_written(entry) for entry in value]
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return f"{value.__module__}.{value.__qualname__}" if inspect.isroutine(value) or inspect.isclass(value) else value
 
 
 def _flat(value: Any) -> Iterator[Any]:

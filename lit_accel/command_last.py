@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def last_checkpoint(trainer: Mapping[str, Any]) -> Path | None:
         The checkpoint; ``None`` if there is none, or if the configuration fixes the folder, in which Lightning looks.
     """
     root = _numbered_in(trainer)
-    if root is None or _has_folder(trainer):
+    if root is None or _have_folders(trainer):
         return None
     found = [path for path in root.glob("version_*/checkpoints/*") if _LAST.fullmatch(path.name) and path.exists()]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
@@ -47,12 +47,13 @@ def _numbered_in(trainer: Mapping[str, Any]) -> Path | None:
     return Path(settings.get("save_dir") or here, settings.get("name") or "").expanduser()
 
 
-def _has_folder(trainer: Mapping[str, Any]) -> bool:
-    """Say whether checkpoints lie where the configuration says, and not in the folder of their run."""
-    return any((each.get("init_args") or {}).get("dirpath") is not None for each in _mappings(trainer.get("callbacks")))
-
-
-def _mappings(callbacks: Any) -> Iterator[Mapping[str, Any]]:
-    for each in callbacks if isinstance(callbacks, list) else [callbacks]:
-        if isinstance(each, Mapping):
-            yield each
+def _have_folders(trainer: Mapping[str, Any]) -> bool:
+    """Say whether last checkpoints lie where the configuration says, and not in the folder of their run."""
+    callbacks = trainer.get("callbacks")
+    settings = [
+        each.get("init_args") or {}
+        for each in (callbacks if isinstance(callbacks, list) else [callbacks])
+        if isinstance(each, Mapping)
+    ]
+    writers = [each for each in settings if each.get("save_last")]
+    return bool(writers) and all(each.get("dirpath") is not None for each in writers)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from textwrap import dedent
+from typing import Any
 
 from lit_accel.arguments import did_you_mean
 
@@ -214,20 +215,39 @@ def arguments_of(path: str) -> list[str]:
     Args:
         path: Import path of the class.
     """
+    return list(parameters_of(class_at(path)))
+
+
+def class_at(path: str) -> Any:
+    """Return what lies at an import path; ``None`` if nothing does.
+
+    Args:
+        path: The import path.
+    """
     module, _, name = path.rpartition(".")
     try:
-        kind = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
-        return []
-    names: list[str] = []
+        return None
+
+
+def parameters_of(kind: Any) -> dict[str, inspect.Parameter]:
+    """Return a class's arguments by name, those of its bases included where it passes keywords on.
+
+    Args:
+        kind: The class; what is none has no arguments.
+    """
+    found: dict[str, inspect.Parameter] = {}
     for cls in inspect.getmro(kind) if inspect.isclass(kind) else ():
         if "__init__" not in vars(cls):
             continue
         parameters = list(inspect.signature(vars(cls)["__init__"]).parameters.values())[1:]
-        names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                found.setdefault(parameter.name, parameter)
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return list(dict.fromkeys(names))
+    return found
 
 
 def _names_in(module: str) -> list[str]:

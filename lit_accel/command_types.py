@@ -21,6 +21,10 @@ def whole_numbers_first(function: Callable[..., Any]) -> None:
     """
     hints = function.__annotations__
     for name, hint in hints.items():
-        kinds = get_args(hint)
+        kinds = list(get_args(hint))
         if {int, float} <= set(kinds):
-            hints[name] = reduce(operator.or_, sorted(kinds, key=lambda kind: kind is float))
+            place = kinds.index(int)
+            kinds.remove(int)
+            # The others keep theirs: before text, or 0.25 would be one.
+            kinds.insert(min(place, kinds.index(float)), int)
+            hints[name] = reduce(operator.or_, kinds)

@@ -80,7 +80,7 @@ def test_a_folder_of_several_processes_is_one_too():
         {"logger": False},
         {"logger": {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"save_dir": "runs"}}},
         {"logger": {"class_path": CSV, "init_args": {"save_dir": "runs", "name": "own", "version": 0}}},
-        {"callbacks": [{**CHECKPOINTS, "init_args": {"dirpath": "runs/own/version_0/checkpoints"}}]},
+        {"callbacks": [{**CHECKPOINTS, "init_args": {"dirpath": "runs/own/version_0/checkpoints", "save_last": True}}]},
     ],
     ids=["no logger", "another logger", "a version", "a folder"],
 )
@@ -88,3 +88,9 @@ def test_where_the_folder_is_said_lightning_looks_in_it(changed):
     put("runs/own/version_0/checkpoints/last.ckpt", age=0)
     assert last_checkpoint(TRAINER) is not None
     assert last_checkpoint({**TRAINER, **changed}) is None
+
+
+def test_the_folder_of_the_best_is_not_that_of_the_last():
+    last = put("runs/own/version_0/checkpoints/last.ckpt", age=0)
+    best = {**CHECKPOINTS, "init_args": {"dirpath": "best", "monitor": "val/loss"}}
+    assert last_checkpoint({**TRAINER, "callbacks": [CHECKPOINTS, best, {"class_path": "lit_accel.RandomLTD"}]}) == last

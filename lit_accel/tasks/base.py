@@ -90,6 +90,9 @@ class LanguageModeling(TransformerTask):
         self.model = build_transformer(
             self.auto_class, model, pretrained=pretrained, overrides=overrides, vocab_size=vocab_size
         )
+        # Not from the hyperparameters: on the command line they are those of a subclass.
+        self._takes_weights = takes_weights(model, pretrained)
+        self._overrides = overrides or {}
         self._held_out = nn.ModuleDict({"val": _held_out_metrics(), "test": _held_out_metrics()})
 
     def setup(self, stage: str) -> None:
@@ -102,9 +105,8 @@ class LanguageModeling(TransformerTask):
         data = getattr(self.trainer, "datamodule", None)
         check_text(type(self).__name__, self.model, data, self.objective)
         tokenizer = getattr(data, "tokenizer", None)
-        given = self.hparams
-        if isinstance(tokenizer, PreTrainedTokenizerBase) and not takes_weights(given["model"], given["pretrained"]):
-            take_special_tokens(cast(PreTrainedModel, self.model), tokenizer, given["overrides"] or ())
+        if isinstance(tokenizer, PreTrainedTokenizerBase) and not self._takes_weights:
+            take_special_tokens(cast(PreTrainedModel, self.model), tokenizer, self._overrides)
 
     def check_batch(self, batch: Any) -> None:
         """Refuse a batch that is none of text.

@@ -102,7 +102,8 @@ def build_transformer(
             transformer = auto_class.from_config(AutoConfig.for_model(model, **fields), **dtype)
         else:
             config = AutoConfig.from_pretrained(model, **fields)
-            if has_weights:
+            # A plan needs none, and transformers loads none to the meta device.
+            if has_weights and torch.empty(0).device.type != "meta":
                 transformer = auto_class.from_pretrained(model, config=config, **dtype)
             else:
                 transformer = auto_class.from_config(config, **dtype)

@@ -1,5 +1,6 @@
 """Hand a finished model on as an ordinary folder of Hugging Face's or timm's."""
 
+import inspect
 import os
 from typing import Any
 
@@ -14,7 +15,8 @@ from lit_accel.run_folder import run_folder
 class SavePretrained(Callback):
     """Save the model, and the data module's tokenizer, with ``save_pretrained`` when ``fit`` ends.
 
-    The model is that of a task of this package, or the transformer inside any other module.
+    The model is that of a task of this package, or the transformer inside any other module. A module that has a method
+    ``save_pretrained(folder, model)`` is asked to write it, and one with a ``save_pretrained(folder)`` to write itself.
 
     The folder is what ``transformers`` or timm itself writes: nothing of this package is needed to load it. Rank zero
     writes. The strategy must keep whole parameters on each rank (a single device, DDP), or be able to gather them
@@ -44,6 +46,11 @@ class SavePretrained(Callback):
             MisconfigurationException: If nothing in the module can write itself.
         """
         _model_of(pl_module)
+        if hasattr(trainer.strategy, "gather_transformer") and _writes_itself(pl_module):
+            raise MisconfigurationException(
+                f"SavePretrained: the strategy shards the model, and {type(pl_module).__name__}.save_pretrained has no "
+                "argument model that could be given the whole one. Add it, save_pretrained(folder, model)."
+            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder on rank zero, unless this is a ``fast_dev_run``, which saves nothing."""
@@ -55,7 +62,9 @@ class SavePretrained(Callback):
         folder = self.folder or os.path.join(run_folder(trainer), "model")
         if not trainer.is_global_zero:
             return
-        if hasattr(pl_module, "save_pretrained"):
+        if _writes_itself(pl_module):
+            pl_module.save_pretrained(folder)  # type: ignore[operator]
+        elif hasattr(pl_module, "save_pretrained"):
             # A task whose model cannot write itself, as timm's cannot, does so.
             pl_module.save_pretrained(folder, model)  # type: ignore[operator]
         else:
@@ -64,6 +73,12 @@ class SavePretrained(Callback):
         if save_tokenizer is not None:
             save_tokenizer(folder)
         rank_zero_info(f"Saved the model to {folder}.")
+
+
+def _writes_itself(pl_module: LightningModule) -> bool:
+    """Say whether a module has a ``save_pretrained`` of its own that is given no model, as those of a hub have."""
+    method = getattr(pl_module, "save_pretrained", None)
+    return method is not None and "model" not in inspect.signature(method).parameters
 
 
 def _model_of(pl_module: LightningModule) -> Any:

@@ -82,12 +82,6 @@ def classifier_arguments(
             raise ValueError(
                 f"model_kwargs says {name}={given}, but the data has {source}={value}. Leave it out of model_kwargs."
             )
-    side, patch = arguments.get("img_size"), arguments.get("patch_size")
-    if isinstance(side, int) and isinstance(patch, int) and patch > 0 and side % patch:
-        raise ValueError(
-            f"Patches of {patch} pixels (patch_size of model_kwargs) do not divide images of {side}: the last "
-            f"{side % patch} rows and columns would never be seen. Choose a divisor, or another image_size."
-        )
     return arguments
 
 
@@ -119,7 +113,22 @@ def build_classifier(model: str, arguments: Mapping[str, Any], *, pretrained: bo
             f"{model!r} has num_classes={classifier.num_classes}; classification needs at least two. Give data of two "
             "classes or more, or set num_classes."
         )
+    _check_patches(classifier)
     return classifier
+
+
+def _check_patches(classifier: nn.Module) -> None:
+    """See that patches cover images; timm leaves out what is over, unless it was told to pad."""
+    embed = getattr(classifier, "patch_embed", None)
+    sides, patches = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
+    if not (isinstance(sides, tuple) and isinstance(patches, tuple)) or getattr(embed, "dynamic_img_pad", False):
+        return
+    for side, patch in zip(sides, patches, strict=True):
+        if side % patch:
+            raise ValueError(
+                f"Patches of {patch} pixels (patch_size of model_kwargs) do not divide images of {side}: the last "
+                f"{side % patch} rows and columns would never be seen. Choose a divisor, or another image_size."
+            )
 
 
 def _reason(error: Exception) -> str:

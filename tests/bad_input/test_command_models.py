@@ -167,6 +167,12 @@ ROWS = [
         base="vit",
     ),
     wrong(
+        "images that the patches of a model's name do not divide",
+        ("--model.model_kwargs=null", "--data.image_size=24"),
+        "Patches of 16 pixels (patch_size of model_kwargs) do not divide images of",
+        base="vit",
+    ),
+    wrong(
         "heads that do not divide the width of a ViT",
         '--model.model_kwargs={"patch_size": 4, "embed_dim": 18, "depth": 4, "num_heads": 4}',
         "timm cannot build 'deit_tiny_patch16_224' from model_kwargs and the shape",

@@ -260,6 +260,30 @@ def test_save_pretrained_finds_the_transformer_of_any_module(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
 
 
+def test_a_module_that_writes_itself_is_asked_to(tmp_path):
+    """As one of a hub's mixin is, which takes a folder alone."""
+
+    class Own(OwnModule):
+        def save_pretrained(self, folder, *, config=None):
+            written.append(folder)
+
+    written: list[str] = []
+    trainer_of(tmp_path, max_steps=1, callbacks=[SavePretrained("out")]).fit(Own(torch.nn.Linear(2, 2)), Batches())
+    assert written == ["out"]
+
+
+def test_a_sharded_model_cannot_be_written_by_a_module_that_is_not_given_the_whole_one(tmp_path, monkeypatch):
+    class Own(OwnModule):
+        def save_pretrained(self, folder):
+            raise AssertionError
+
+    trainer = trainer_of(tmp_path, max_steps=1, callbacks=[SavePretrained("out")])
+    monkeypatch.setattr(trainer.strategy, "gather_transformer", lambda: None, raising=False)
+    with pytest.raises(MisconfigurationException, match=r"Own\.save_pretrained has no argument model"):
+        trainer.fit(Own(torch.nn.Linear(2, 2)), Batches())
+    assert trainer.global_step == 0
+
+
 @pytest.mark.parametrize(
     ("net", "message"),
     [
