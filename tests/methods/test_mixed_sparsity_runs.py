@@ -47,6 +47,16 @@ ON = {
     "neurons and heads": {"neurons": (32, 24, 16), "heads": (4, 3, 2)},
     "2:4": {"weight": (4, 2, 2)},
     "tiles": {"attn.c_attn.weight": (4, 3, 2), "mlp.c_proj.weight": (8, 6, 4)},
+    # By "er" a matrix keeps eps (outputs + inputs) entries. Of all matrices these sums come to 464, so half of the 5120
+    # entries is eps = 2560 / 464. At three quarters, matrices of 16 x 16 would need more than they have: both are
+    # dense, and for the others eps is (3840 - 512) / 400.
+    "elements": {
+        "attn.c_attn.weight": (768, 532, 353),
+        "attn.c_proj.weight": (256, 256, 177),
+        "mlp.c_fc.weight": (512, 399, 265),
+        "mlp.c_proj.weight": (512, 399, 265),
+        "wte.weight": (1024, 666, 441),
+    },
 }
 
 
