@@ -285,6 +285,21 @@ def test_blocks_without_which_the_loss_is_not_finite_are_worth_the_most(tmp_path
     assert callback.sensitivities[1] == callback.sensitivities[3] > max(map(abs, others))
 
 
+def test_a_measurement_is_the_mean_over_its_batches_and_the_past_has_a_weight(tmp_path, monkeypatch):
+    batches = iter([[8, 0, 2, -4, 1, 0], [4, 2, 2, 0, 0, 6], [0, 9, 2, 6, 1, 3], [4, 1, 6, 0, 2, 1]])
+    monkeypatch.setattr(sbld, "ablate", lambda routing, loss, units: (loss(), list(map(float, next(batches)))))
+    options = {"num_batches": 2, "ema": 0.75, "measure_every": 4, "max_overhead": 1.0}
+    # Nothing is measured from step 8 on.
+    callback = SensitivityLayerDropping(kept=0.8, warmup=0, ramp=0, release=12, **options)
+    trainer = make_trainer(tmp_path, callbacks=[callback], strategy="auto", max_steps=20, max_epochs=-1)
+    trainer.fit(TinyModule(net=make_model("gpt2-tied", dtype=torch.float32, **SIZE, vocab=64)), loader())
+    # The second is [2, 5, 4, 3, 1.5, 2] by itself.
+    means = [[6, 1, 2, -2, 0.5, 3], [5, 2, 2.5, -0.75, 0.75, 2.75]]
+    assert callback.history.measured_at == [1, 6]
+    assert callback.history.sensitivities == means
+    assert callback.sensitivities == means[-1]
+
+
 # A planted model: one block does everything, the others add nothing and cannot learn to.
 
 ESSENTIAL, NUM_BLOCKS = 4, 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+import itertools
 from functools import partial
 
 import lightning.pytorch as L
@@ -24,6 +25,7 @@ from lit_accel import (
 from lit_accel.anatomy import anatomy_of
 from lit_accel.compute import training_flops
 from lit_accel.methods.token_dropping import TokenPlan
+from lit_accel.routing import Order, routing_of
 from tests.data.saving import SaveAlways
 from tests.methods.dropping import intercepted
 from tests.models import make_model
@@ -293,6 +295,54 @@ def test_the_draws_are_new_in_each_micro_batch_and_epoch(tmp_path):
     assert losses(0) == first
     assert len(first) == len(set(first)) == 12
     assert not set(losses(1)) & set(first)
+
+
+class Subsets(L.Callback):
+    """Notes which tokens go into each block, by what they are before tokens are dropped. Stands right of the method."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        self.kept, self.whole = {}, {}
+        self.routing = routing_of(pl_module.net)
+        for handler, order in ((self.before, Order.PROBE), (self.inside, Order.SUBSET)):
+            self.routing.add(handler, order)
+
+    def before(self, call, run):
+        self.whole[call.index] = call.hidden_states
+        return run(call)
+
+    def inside(self, call, run):
+        taken, whole = call.hidden_states, self.whole[call.index]
+        self.kept[call.index] = (whole[:, :, None] == taken[:, None]).all(-1).any(-1)
+        return run(call)
+
+    def on_train_batch_end(self, *_):
+        for handler in (self.before, self.inside):
+            self.routing.remove(handler)
+        self.batches.append([self.kept[index] for index in sorted(self.kept)])
+
+
+@pytest.mark.parametrize("scope", ["layer", "route"])
+def test_blocks_share_their_tokens_by_route_and_not_by_layer(tmp_path, scope):
+    callback, subsets = RandomLTD(**LTD, scope=scope), Subsets()
+    fit(tmp_path, [callback, subsets], Deep("deit-distilled"), max_steps=4)
+    for first, *dropping, last in subsets.batches:
+        assert first.all() and last.all() and len(dropping) == 4
+        assert all((kept.sum(1) == dropping[0][0].sum()).all() and not kept.all() for kept in dropping)
+        are_one = [torch.equal(one, other) for one, other in itertools.combinations(dropping, 2)]
+        assert all(are_one) if scope == "route" else not any(are_one)
+
+
+@pytest.mark.parametrize(("options", "prefix"), [({"scope": "input"}, 2), ({"scope": "layer", "keep_prefix": 1}, 1)])
+def test_the_prefix_is_always_kept(tmp_path, options, prefix):
+    """By input that of the model, for class and distillation; else what is asked for, and chance for the other."""
+    callback, subsets = RandomLTD(**LTD, **options), Subsets()
+    fit(tmp_path, [callback, subsets], Deep("deit-distilled"), max_steps=4)
+    kept = torch.stack([kept for batch in subsets.batches for kept in batch if not kept.all()])
+    assert kept[..., :prefix].all()
+    assert not kept[..., prefix:].all((0, 1)).any()
 
 
 # Resume
