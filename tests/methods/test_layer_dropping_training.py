@@ -21,6 +21,7 @@ from lit_accel import (
 from lit_accel.anatomy import anatomy_of
 from lit_accel.compute import forward_flops, training_flops
 from lit_accel.methods.layer_dropping.sbld import FILE_NAME
+from lit_accel.routing import Order, hidden_states_of, routing_of
 from tests.models import make_model
 from tests.training import TinyModule, loader, make_trainer
 from tests.vision import IMAGE_SIZE, VISION_ZOO
@@ -121,6 +122,51 @@ def test_what_is_dropped_ever_less_is_not_amplified_by_default(tmp_path, directi
     ends = {scale: weights(trained(scale)) for scale in (None, "block", "none")}
     assert_equal(ends[None], ends[default])
     assert any(not torch.equal(ends["block"][name], ends["none"][name]) for name in ends[None])
+
+
+@pytest.mark.parametrize(
+    ("convention", "expected"),
+    [
+        ("paper", [15 / 16, 14 / 16, 13 / 16, 12 / 16, 11 / 16, 10 / 16, 9 / 16, 8 / 16]),
+        ("deepspeed", [1, 15 / 16, 14 / 16, 13 / 16, 12 / 16, 11 / 16, 10 / 16, 9 / 16]),
+        ("timm", [1, 13 / 14, 12 / 14, 11 / 14, 10 / 14, 9 / 14, 8 / 14, 7 / 14]),
+    ],
+)
+def test_late_in_a_run_probabilities_fall_with_depth_by_the_convention(tmp_path, convention, expected):
+    callback = ProgressiveLayerDropping(theta=0.5, gamma=5.0, convention=convention)
+    fit(tmp_path, [callback], max_steps=6)
+    assert callback.keep_probabilities == pytest.approx(expected, abs=1e-9)
+
+
+class Sizes(L.Callback):
+    """Notes for each call of a block whether it was skipped, and how large its output is token by token."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        routing_of(pl_module.net).add(self.note, Order.PROBE)
+
+    def note(self, call, run):
+        output = run(call)
+        hidden_states = hidden_states_of(output)
+        self.seen.append((hidden_states is call.hidden_states, hidden_states.detach().square().mean(-1).sqrt()))
+        return output
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        routing_of(pl_module.net).remove(self.note)
+
+
+@pytest.mark.parametrize("name", ["bert-mlm", "roberta-mlm"])
+def test_what_norms_after_the_addition_put_out_stays_of_size_one(tmp_path, name):
+    """After blocks that are skipped as after others; were their change scaled, as elsewhere, it would not."""
+    module, sizes = Deep(name, lr=0.0), Sizes()
+    for part in module.modules():
+        if isinstance(part, torch.nn.LayerNorm):
+            part.reset_parameters()
+    fit(tmp_path, [ProgressiveLayerDropping(gamma=5.0), sizes], module, max_steps=6)
+    assert {was_skipped for was_skipped, _ in sizes.seen} == {False, True}
+    assert all(((size - 1).abs() < 0.05).all() for _, size in sizes.seen)
 
 
 # What runs, and what is counted
