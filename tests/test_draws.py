@@ -20,6 +20,12 @@ def test_a_stream_is_a_pure_function_of_its_keys(first, second):
     assert (draw(first) == draw(second)) == (first == second)
 
 
+def test_keys_with_the_same_digits_or_the_same_sum_are_others():
+    """Which keys that are drawn at random hardly ever have."""
+    keys = [(1, 23), (12, 3), (123,), (0, 1), (1, 0), (1,), (10,)]
+    assert len({tuple(draw(each)) for each in keys}) == len(keys)
+
+
 def test_global_randomness_is_untouched():
     state = torch.get_rng_state()
     draw((1, 2))
