@@ -105,10 +105,32 @@ def test_the_window_is_the_one_that_the_model_masks_with():
     assert attention_pairs(anatomy_of(model).blocks[0].attention, 11) == num_attended
 
 
-def test_matrices_applied_once_a_sequence_do_not_grow_with_the_tokens():
-    anatomy = anatomy_of(meta_model("bert-classifier"))
-    outside = [forward_flops(anatomy, 2, tokens).outside_blocks for tokens in (8, 64)]
-    assert outside[0] == outside[1] == 2 * 2 * (768 * 768 + 768 * 3)
+# Entries of the matrices outside of the blocks, of 768 features, 8003 tokens and 3 classes: of those that are applied
+# to each token, and of those that are applied once a sequence.
+OUTSIDE = {
+    "gpt2-base": (0, 0),
+    "gpt2-classifier": (768 * 3, 0),
+    "llama-classifier": (768 * 3, 0),
+    # The pooler.
+    "bert-base": (0, 768 * 768),
+    "bert-classifier": (0, 768 * 768 + 768 * 3),
+    # What comes before the projection to the vocabulary; whether two sentences belong together, yes or no.
+    "bert-mlm": (768 * 768 + 768 * 8003, 0),
+    "bert-pretraining": (768 * 768 + 768 * 8003, 768 * 768 + 768 * 2),
+    "roberta-mlm": (768 * 768 + 768 * 8003, 0),
+    "roberta-classifier": (0, 768 * 768 + 768 * 3),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_heads_and_poolers_by_hand(name):
+    """Beside the blocks most of them are less than the tolerance above."""
+    anatomy = anatomy_of(meta_model(name))
+    of_tokens, of_sequences = OUTSIDE[name]
+    for num_tokens in (8, 64):
+        expected = 2 * (2 * num_tokens * of_tokens + 2 * of_sequences)
+        assert forward_flops(anatomy, 2, num_tokens).outside_blocks == expected
+        assert training_flops(anatomy, 2, num_tokens).outside_blocks == 3 * expected
 
 
 @pytest.mark.parametrize("name", ["gpt2-tied", "llama-gqa", "qwen3"])
