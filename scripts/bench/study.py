@@ -164,7 +164,7 @@ _UNSCALED = Arm(
 )
 _SBLD_NOW = Arm(
     "sbld-both",
-    "SBLD, unscaled, first measured after the warm-up",
+    "SBLD, defaults: unscaled, measured after the warm-up",
     callbacks=(("SensitivityLayerDropping", {"warmup": 0.1, "scale": "none"}),),
 )
 _VCYCLE = ("MultiLevelTraining", {})
@@ -183,11 +183,15 @@ _GPT_ARMS = (
     ),
     Arm(
         "dropping-decreasing",
-        "layer dropping, decreasing",
+        "layer dropping, decreasing, scaled",
         callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3, "scale": "block"}),),
     ),
     # As its defaults were when it was run; those of now are the last arm below.
-    Arm("sbld", "SBLD", callbacks=(("SensitivityLayerDropping", {"warmup": 0.05, "scale": "block"}),)),
+    Arm(
+        "sbld",
+        "SBLD, first defaults: scaled, measured early",
+        callbacks=(("SensitivityLayerDropping", {"warmup": 0.05, "scale": "block"}),),
+    ),
     Arm("ltd", "random-LTD", callbacks=(("RandomLTD", _LTD),)),
     Arm("mst-units", "MST, neurons and heads", callbacks=(("MixedSparsityTraining", {"update_every": 20}),)),
     Arm("vcycle-ltd", "V-cycle and random-LTD", callbacks=(_VCYCLE, ("RandomLTD", _LTD))),
@@ -220,13 +224,13 @@ _GPT_ARMS = (
     # SBLD looks at what blocks are worth after a twentieth.
     Arm(
         "sbld-later",
-        "SBLD, first measured after the warm-up (exploratory)",
+        "SBLD, scaled, measured after the warm-up (exploratory)",
         callbacks=(("SensitivityLayerDropping", {"warmup": 0.1, "scale": "block"}),),
     ),
     # Added on the same day, after the trials of decreasing dropping had ended far lower without the scale.
     Arm(
         "sbld-unscaled",
-        "SBLD, unscaled (exploratory)",
+        "SBLD, unscaled, measured early (exploratory)",
         callbacks=(("SensitivityLayerDropping", {"warmup": 0.05, "scale": "none"}),),
     ),
     # Added on the same day, after each of the two changes had ended lower than the defaults by as much.

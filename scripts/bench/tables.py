@@ -34,11 +34,10 @@ def state(rows: Sequence[Row]) -> str:
     commits = len({row["commit"] for row in rows})
     hours = sum(row["wall_seconds"] for row in rows) / 3600
     rest = len(known - done)
-    return (
-        f"{len(rows)} runs are in the log, of {hours:.1f} hours of one core and {commits} commits"
-        + (f"; **at least {rest} of the registry are still to be made**" if rest else "; none is missing")
-        + ". `make bench` goes on."
-    )
+    made = f"{len(rows)} runs are in the log, of {hours:.1f} hours of one core and {commits} commits"
+    if rest:
+        return f"{made}; **at least {rest} of the registry are still to be made**. `make bench` goes on."
+    return f"{made}: all that the registry asks for."
 
 
 FAR_FROM_CONVERGED = "All runs are far from converged: the regime in which small and cheap models look best."
