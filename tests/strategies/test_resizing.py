@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -103,12 +106,84 @@ def test_several_devices_are_refused():
 
 @pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}])
 def test_options_of_the_wrapper_survive(tmp_path, options):
+    wrappers = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            wrapper = trainer.strategy.model
+            wrappers.append((wrapper.find_unused_parameters, wrapper.static_graph))
+
     module = TinyModule()
-    make_trainer(tmp_path, callbacks=[Halve()], strategy=ResizableDDPStrategy(**options), max_steps=8).fit(
-        module, loader()
-    )
+    trainer = make_trainer(tmp_path, callbacks=[Halve(), Look()], strategy=ResizableDDPStrategy(**options), max_steps=8)
+    trainer.fit(module, loader())
     assert module.sizes[3] < module.sizes[2]
+    assert wrappers == [(options.get("find_unused_parameters", False), options.get("static_graph", False))] * 8
     torch.distributed.destroy_process_group()
+
+
+class Grouped(TinyModule):
+    """Two parameter groups with all that a scheduler or a user may change in them while the run goes on."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.options = []
+
+    def configure_optimizers(self):
+        matrices = {"params": [each for each in self.parameters() if each.ndim > 1], "weight_decay": 0.1, "mine": 1}
+        vectors = {"params": [each for each in self.parameters() if each.ndim < 2], "weight_decay": 0.0, "mine": 2}
+        optimizer = self.optimizer([matrices, vectors], lr=self.lr)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [1e-2, 2e-2], total_steps=9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer):
+        groups = optimizer.param_groups
+        self.options.append([{key: value for key, value in group.items() if key != "params"} for group in groups])
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.trainer.global_step == 2:
+            for group in self.trainer.optimizers[0].param_groups:
+                group["weight_decay"] += 0.5
+                group["mine"] += 10
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)], ids=["adamw", "sgd"])
+def test_options_of_parameter_groups_go_on(tmp_path, optimizer):
+    plain, resized = Grouped(optimizer=optimizer), Grouped(optimizer=optimizer)
+    for module, callbacks in ((plain, []), (resized, [Halve()])):
+        make_trainer(tmp_path, callbacks=callbacks, max_steps=8).fit(module, loader())
+    assert resized.sizes[3] < plain.sizes[3]
+    assert resized.options == plain.options
+    # The scheduler moves what is neither the learning rate nor constant.
+    moving = "betas" if optimizer is torch.optim.AdamW else "momentum"
+    assert len({groups[0][moving] for groups in plain.options}) == 8
+
+
+class Scales(L.Callback):
+    """The gradient scaler's factor, and the steps since it has changed, before each step."""
+
+    def __init__(self):
+        self.at = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        state = trainer.precision_plugin.scaler.state_dict()
+        self.at.append((state["scale"], state["_growth_tracker"]))
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_the_gradient_scaler_goes_on(tmp_path, overflows):
+    class Overflows(TinyModule):
+        def on_after_backward(self):
+            if overflows and self.trainer.global_step == 3:
+                next(self.net.parameters()).grad[0, 0] = torch.inf
+
+    before, after = Scales(), Scales()
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2))
+    trainer = make_trainer(tmp_path, callbacks=[before, Halve(), after], plugins=[precision], max_steps=6)
+    module = Overflows()
+    trainer.fit(module, loader())
+    assert module.sizes[3] < module.sizes[2]
+    grown, last = 2.0**11, [(2.0**10, 0), (2.0**10, 1)] if overflows else [(2.0**12, 0), (2.0**12, 1)]
+    assert before.at == after.at == [(2.0**10, 0), (2.0**10, 1), (grown, 0), (grown, 1), *last]
 
 
 def test_global_randomness_is_untouched(tmp_path):
