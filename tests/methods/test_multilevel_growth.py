@@ -195,6 +195,26 @@ def test_stacking(tmp_path):
             torch.testing.assert_close(actual, value)
 
 
+@pytest.mark.parametrize("grouping", ["block", "adjacent"])
+def test_copies_lie_where_the_width_grouping_says(tmp_path, grouping):
+    module = small_module(lr=0.0)
+    small = {name: parameter.detach().clone() for name, parameter in module.net.named_parameters()}
+    levels = [Level(width=2, depth=1)]
+    fit(tmp_path, module, MultiLevelTraining(levels, start_level=1, width_grouping=grouping, fresh_std=0.0), steps=1)
+
+    def twice(tensor, dim):
+        return torch.cat([tensor] * 2, dim) if grouping == "block" else tensor.repeat_interleave(2, dim)
+
+    heads = small["transformer.h.1.attn.c_proj.weight"].unflatten(0, (2, 4))
+    expected = {
+        "transformer.wpe.weight": twice(small["transformer.wpe.weight"], 1),
+        "transformer.h.0.mlp.c_fc.weight": twice(twice(small["transformer.h.0.mlp.c_fc.weight"], 0), 1) / 2,
+        "transformer.h.1.attn.c_proj.weight": twice(twice(heads, 0).flatten(0, 1), 1) / 2,
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(module.net.get_parameter(name), value, msg=name)
+
+
 @pytest.mark.parametrize("saved_at", [2, 4, 6])
 def test_resume_is_bitwise(tmp_path, saved_at):
     """Also where the small model that the run began with is what the module comes with again."""
