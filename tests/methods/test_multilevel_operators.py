@@ -252,16 +252,24 @@ def test_operators_are_adjoint_pairs(name):
             torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["gpt2-tied", "llama-gqa"])
-def test_levels_compose(name):
-    large = make_model(name)
-    first = level_map(anatomy_of(large), width=2, depth=2)
-    second = level_map(first.small, width=2, depth=2)
-    # Six key-value heads divide once by two; the second time the queries of each group merge.
-    at_once = level_map(anatomy_of(large), width=4, depth=4)
-    expected = parameters(coalesce(large, at_once))
-    for key, value in parameters(coalesce(coalesce(large, first), second)).items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-13, atol=1e-13)
+@pytest.mark.parametrize("name", ALL_MODELS)
+@pytest.mark.parametrize(("width_grouping", "depth_grouping"), [("block", "adjacent"), ("adjacent", "stack")])
+def test_levels_compose_both_ways(name, width_grouping, depth_grouping, wide):
+    large = parameters(wide(name))
+    for depth_mode in ("avg", "ode", "zero") if "bert" not in name else ("avg", "ode"):
+        options = {"width_grouping": width_grouping, "depth_grouping": depth_grouping, "depth_mode": depth_mode}
+        first = level_map(anatomy_of(wide(name)), **options)
+        second = level_map(first.small, **options)
+        # Six key-value heads divide once by two; the second time the queries of each group merge.
+        at_once = level_map(first.large, width=4, depth=4, **options)
+        small = at_once.apply(large, "coalesce")
+        for actual, expected in (
+            (second.apply(first.apply(large, "coalesce"), "coalesce"), small),
+            (first.apply(second.apply(small, "decoalesce"), "decoalesce"), at_once.apply(small, "decoalesce")),
+        ):
+            assert actual.keys() == expected.keys()
+            for key, value in actual.items():
+                torch.testing.assert_close(value, expected[key], rtol=1e-13, atol=1e-13, msg=f"{key}, {depth_mode}")
 
 
 @pytest.mark.parametrize("name", ["gpt2-tied", "bert-mlm", "llama-gqa-tied"])
