@@ -164,7 +164,7 @@ _UNSCALED = Arm(
 )
 _SBLD_NOW = Arm(
     "sbld-both",
-    "SBLD, defaults: unscaled, measured after the warm-up",
+    "SBLD, defaults: unscaled, measured late",
     callbacks=(("SensitivityLayerDropping", {"warmup": 0.1, "scale": "none"}),),
 )
 _VCYCLE = ("MultiLevelTraining", {})
@@ -224,7 +224,7 @@ _GPT_ARMS = (
     # SBLD looks at what blocks are worth after a twentieth.
     Arm(
         "sbld-later",
-        "SBLD, scaled, measured after the warm-up (exploratory)",
+        "SBLD, scaled, measured late (exploratory)",
         callbacks=(("SensitivityLayerDropping", {"warmup": 0.1, "scale": "block"}),),
     ),
     # Added on the same day, after the trials of decreasing dropping had ended far lower without the scale.
