@@ -167,6 +167,7 @@ _SBLD_NOW = Arm(
     "SBLD, defaults: unscaled, measured late",
     callbacks=(("SensitivityLayerDropping", {"warmup": 0.1, "scale": "none"}),),
 )
+_PLD_NOW = Arm("pld", "PLD, defaults (exploratory)", callbacks=(("ProgressiveLayerDropping", {}),))
 _VCYCLE = ("MultiLevelTraining", {})
 _LTD = {"start_tokens": 0.25, "growth": 0.7}
 _HALF = {"n_embd": 48, "n_head": 2, "n_layer": 4}
@@ -235,6 +236,14 @@ _GPT_ARMS = (
     ),
     # Added on the same day, after each of the two changes had ended lower than the defaults by as much.
     replace(_SBLD_NOW, title=f"{_SBLD_NOW.title} (exploratory)"),
+    # Added on 2026-11-23, when all of the above had been read: PLD had not been run as it is by default, nor without a
+    # scale, which had hurt the other two kinds of dropping.
+    _PLD_NOW,
+    Arm(
+        "pld-plain",
+        "PLD, defaults but unscaled (exploratory)",
+        callbacks=(("ProgressiveLayerDropping", {"scale": "none"}),),
+    ),
 )
 
 # The other rungs: a vision model and an encoder, each method once, with fewer trials.
@@ -290,6 +299,7 @@ _VIT_ARMS = (
         "patches dropped at the input",
         callbacks=(("RandomLTD", {**_LTD, "scope": "input"}),),
     ),
+    _PLD_NOW,
 )
 
 # The windows are short because a model as small as this one is stuck for longer the more positions it has: on
@@ -341,6 +351,7 @@ _BERT_ARMS = (
         "PLD as published, unscaled",
         callbacks=(("ProgressiveLayerDropping", {"scale": "none", "sampler": "bernoulli"}),),
     ),
+    _PLD_NOW,
 )
 
 RUNGS: dict[str, Rung] = {rung.name: rung for rung in (GPT, VIT, BERT)}
