@@ -168,6 +168,11 @@ _SBLD_NOW = Arm(
     callbacks=(("SensitivityLayerDropping", {"warmup": 0.1, "scale": "none"}),),
 )
 _PLD_NOW = Arm("pld", "PLD, defaults (exploratory)", callbacks=(("ProgressiveLayerDropping", {}),))
+_PLD_PLAIN = Arm(
+    "pld-plain",
+    "PLD, defaults but unscaled (exploratory)",
+    callbacks=(("ProgressiveLayerDropping", {"scale": "none"}),),
+)
 _VCYCLE = ("MultiLevelTraining", {})
 _LTD = {"start_tokens": 0.25, "growth": 0.7}
 _HALF = {"n_embd": 48, "n_head": 2, "n_layer": 4}
@@ -239,11 +244,7 @@ _GPT_ARMS = (
     # Added on 2026-11-23, when all of the above had been read: PLD had not been run as it is by default, nor without a
     # scale, which had hurt the other two kinds of dropping.
     _PLD_NOW,
-    Arm(
-        "pld-plain",
-        "PLD, defaults but unscaled (exploratory)",
-        callbacks=(("ProgressiveLayerDropping", {"scale": "none"}),),
-    ),
+    _PLD_PLAIN,
 )
 
 # The other rungs: a vision model and an encoder, each method once, with fewer trials.
@@ -300,6 +301,7 @@ _VIT_ARMS = (
         callbacks=(("RandomLTD", {**_LTD, "scope": "input"}),),
     ),
     _PLD_NOW,
+    _PLD_PLAIN,
 )
 
 # The windows are short because a model as small as this one is stuck for longer the more positions it has: on
