@@ -18,6 +18,7 @@ from scripts.small_gpt import Setup
 DENSE = "dense"
 # The defaults when these runs were made; the study in docs/results has changed them.
 _SBLD: dict[str, Any] = {"warmup": 0.05, "scale": "block"}
+_PLD: dict[str, Any] = {"scale": "block"}
 COMPARISON = Comparison(
     title="Held-out loss of a small GPT with and without dropped blocks",
     results=Path(__file__).parent / "results" / "layer_dropping_quality.jsonl",
@@ -27,9 +28,9 @@ COMPARISON = Comparison(
         "dense, 80 % of the steps": Arm(steps=0.8),
         "dense, 9 of the blocks": Arm(changes={"num_blocks": 9}),
         "PLD as published": Arm(lambda: ProgressiveLayerDropping(scale="sublayer", sampler="bernoulli")),
-        "PLD": Arm(ProgressiveLayerDropping),
-        "PLD, release 20 %": Arm(lambda: ProgressiveLayerDropping(release=0.2)),
-        "PLD, decreasing": Arm(lambda: ProgressiveLayerDropping(direction="decreasing", theta=0.3, scale="block")),
+        "PLD": Arm(lambda: ProgressiveLayerDropping(**_PLD)),
+        "PLD, release 20 %": Arm(lambda: ProgressiveLayerDropping(**_PLD, release=0.2)),
+        "PLD, decreasing": Arm(lambda: ProgressiveLayerDropping(**_PLD, direction="decreasing", theta=0.3)),
         "SBLD": Arm(lambda: SensitivityLayerDropping(**_SBLD)),
         "SBLD, depth allocation": Arm(lambda: SensitivityLayerDropping(**_SBLD, allocation="depth")),
         "SBLD, uniform allocation": Arm(lambda: SensitivityLayerDropping(**_SBLD, allocation="uniform")),

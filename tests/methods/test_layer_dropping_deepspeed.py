@@ -23,7 +23,7 @@ def test_a_configuration_of_deepspeed(tmp_path, config, form):
         config = path if form == "path" else str(path)
     translated = ProgressiveLayerDropping.from_deepspeed(config)
     assert (translated.theta, translated.gamma) == (0.6, 0.002)
-    assert (translated.convention, translated.sampler, translated.scale) == ("deepspeed", "bernoulli", None)
+    assert (translated.convention, translated.sampler, translated.scale) == ("deepspeed", "bernoulli", "none")
     assert (translated.direction, translated.release, translated.needs_length) == ("increasing", 0, False)
 
 

@@ -22,9 +22,9 @@ from lit_accel.methods.layer_dropping.books import Tally
 from lit_accel.methods.layer_dropping.dropper import BlockDropper, Scale
 from lit_accel.methods.layer_dropping.refusals import (
     check_optimizers,
+    check_scale,
     check_sublayers,
     droppable_blocks,
-    resolve_scale,
     why_calls_are_not_seen,
 )
 from lit_accel.methods.layer_dropping.sampling import Sampler, sample_blocks
@@ -57,8 +57,7 @@ class LayerDropping(Method):
     Args:
         pinned: Indices of blocks that always run; negative ones count from the last.
         sampler: See :func:`~lit_accel.methods.layer_dropping.sample_blocks`.
-        scale: See :class:`~lit_accel.methods.layer_dropping.BlockDropper`; ``None`` is ``"block"``, or ``"none"`` on
-            models whose norms stand after the addition.
+        scale: See :class:`~lit_accel.methods.layer_dropping.BlockDropper`.
         seed: Seed of the draws.
         check_ranks_every: With several processes, after how many optimizer steps they compare their masks.
 
@@ -70,16 +69,16 @@ class LayerDropping(Method):
     leaves_parameters_unused = True
 
     def __init__(
-        self, *, pinned: Sequence[int], sampler: Sampler, scale: Scale | None, seed: int, check_ranks_every: int
+        self, *, pinned: Sequence[int], sampler: Sampler, scale: Scale, seed: int, check_ranks_every: int
     ) -> None:
         require_one_of("sampler", sampler, get_args(Sampler))
-        require_one_of("scale", scale, (None, *get_args(Scale)))
+        require_one_of("scale", scale, get_args(Scale))
         require_whole("check_ranks_every", check_ranks_every, 1, of="steps")
         require_whole("seed", seed)
         require_indices("pinned", pinned)
         self.pinned = list(pinned)
         self.sampler: Sampler = sampler
-        self.scale = scale
+        self.scale: Scale = scale
         self.seed = seed
         self.check_ranks_every = check_ranks_every
         self.anatomy: Anatomy | None = None
@@ -107,7 +106,6 @@ class LayerDropping(Method):
         self._has_warned_of_calls = False
         self._had_cache = False
         self._costs: tuple[int, ...] | None = None
-        self._scale: Scale = "none"
         self._num_loaded_blocks = 0
         self._loaded_rules: dict[str, Any] = {}
 
@@ -197,9 +195,9 @@ class LayerDropping(Method):
         self._full = full = anatomy.at(full_size(pl_module))
         self._take(anatomy)
         if self.drops:
-            self._scale = resolve_scale(anatomy, self.scale, name)
+            check_scale(anatomy, self.scale, name)
             check_compilation(pl_module, transformer, anatomy, name)
-            check_sublayers(transformer, anatomy, self._scale, name)
+            check_sublayers(transformer, anatomy, self.scale, name)
             check_levels(trainer, full, self.check_level, DROP_LESS, self._coordinator.drops_at)
         self.num_steps = None
         # A module that makes its data in its own setup has none yet.
@@ -261,7 +259,7 @@ class LayerDropping(Method):
             self._take(anatomy)
             if before is not None and self._dropper is not None:
                 self._on_resized(before, anatomy)
-        self._dropper = BlockDropper(routing_of(transformer), self._scale)
+        self._dropper = BlockDropper(routing_of(transformer), self.scale)
         if self._step is not None and was_active:
             # Replaced after this step's mask was drawn.
             self._draw(self._step)

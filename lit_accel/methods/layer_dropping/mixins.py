@@ -53,7 +53,7 @@ class ProgressiveLayerDroppingMixin:
         pld_release: int | float | None = None,
         pld_pinned: Sequence[int] = (),
         pld_sampler: Sampler = "systematic",
-        pld_scale: Scale | None = None,
+        pld_scale: Scale = "none",
         pld_seed: int = 0,
         pld_check_ranks_every: int = 100,
         **kwargs: Any,

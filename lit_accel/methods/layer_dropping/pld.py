@@ -32,9 +32,9 @@ class ProgressiveLayerDropping(LayerDropping):
     A skipped block costs nothing, forward and backward, and its parameters stay as they are in that optimizer step. One
     mask holds for a whole step, on all micro-batches and ranks; evaluation and generation use every block.
 
-    Deviations from the paper: the defaults scale the change of a whole block instead of each branch, whose expectation
-    is then exact (``scale="sublayer"`` is the paper's); as many blocks run in every step as their probabilities sum up
-    to (``sampler="bernoulli"`` is the paper's); the schedule follows the length of the run unless ``gamma`` is given.
+    Deviations from the paper: by default nothing is scaled, since runs ended lower without it (docs/results;
+    ``scale="sublayer"`` is the paper's); as many blocks run in every step as their probabilities sum up to
+    (``sampler="bernoulli"`` is the paper's); the schedule follows the length of the run unless ``gamma`` is given.
 
     Logged every ``Trainer.log_every_n_steps`` steps: ``layer_dropping/kept_blocks``, ``layer_dropping/kept_flops`` and
     ``layer_dropping/planned_flops`` (shares of the blocks' FLOPs, since the last time), ``layer_dropping/theta``, and
@@ -57,8 +57,7 @@ class ProgressiveLayerDropping(LayerDropping):
         pinned: Indices of blocks that always run; negative ones count from the last. The depth rule counts the others.
         sampler: ``"systematic"`` or ``"bernoulli"``; see :func:`~lit_accel.methods.layer_dropping.sample_blocks`.
         scale: ``"block"``, ``"sublayer"`` or ``"none"``; see :class:`~lit_accel.methods.layer_dropping.BlockDropper`.
-            Default is ``"block"``, and ``"none"`` where norms stand after the addition, as in BERT, and for
-            ``direction="decreasing"``, whose runs ended lower without it (docs/results).
+            Where norms stand after the addition, as in BERT, only ``"none"``.
         seed: Seed of the draws.
         check_ranks_every: With several processes, after how many optimizer steps they compare their masks.
 
@@ -82,13 +81,10 @@ class ProgressiveLayerDropping(LayerDropping):
         release: int | float | None = None,
         pinned: Sequence[int] = (),
         sampler: Sampler = "systematic",
-        scale: Scale | None = None,
+        scale: Scale = "none",
         seed: int = 0,
         check_ranks_every: int = 100,
     ) -> None:
-        if scale is None and direction == "decreasing":
-            # Nothing is dropped at its end: the last steps see what evaluation sees, and no expectation is to be kept.
-            scale = "none"
         super().__init__(pinned=pinned, sampler=sampler, scale=scale, seed=seed, check_ranks_every=check_ranks_every)
         if not is_number(theta) or not 0 < theta <= 1:
             raise ValueError(f"theta is {theta!r}; it is a keep probability and must be in (0, 1].")
@@ -118,8 +114,8 @@ class ProgressiveLayerDropping(LayerDropping):
     def from_deepspeed(cls, config: Mapping[str, Any] | str | Path, **options: Any) -> ProgressiveLayerDropping:
         """Translate the ``progressive_layer_drop`` section of a DeepSpeed configuration.
 
-        The published reference draws each block by itself and never drops the first, so that is what this sets; the
-        scale stays at its default, for the reference's own does not belong to the probabilities it draws with.
+        The published reference draws each block by itself and never drops the first, so that is what this sets. It
+        scales, too, by what does not belong to the probabilities that it draws with; here the default holds.
 
         Args:
             config: The configuration, that section of it, or a JSON file with one of them.

@@ -128,20 +128,20 @@ def check_optimizers(optimizers: Sequence[Optimizer], method: str) -> None:
         )
 
 
-def resolve_scale(anatomy: Anatomy, scale: Scale | None, method: str) -> Scale:
-    """Return what is scaled: by default the block, or nothing where norms stand after the addition.
+def check_scale(anatomy: Anatomy, scale: Scale, method: str) -> None:
+    """Check that nothing is scaled where norms stand after the addition, and warn of dropping there.
 
     Args:
         anatomy: The model.
-        scale: What the user chose.
+        scale: What is scaled.
         method: Who asks, for messages.
 
     Raises:
-        MisconfigurationException: If that does not fit the model.
+        MisconfigurationException: If something is.
     """
     if all(block.residual != "post_norm" for block in anatomy.blocks):
-        return scale or "block"
-    if scale in ("block", "sublayer"):
+        return
+    if scale != "none":
         raise MisconfigurationException(
             f'scale="{scale}" does not fit this {anatomy.family} model, whose norms stand after the addition '
             "(post-norm): "
@@ -154,7 +154,6 @@ def resolve_scale(anatomy: Anatomy, scale: Scale | None, method: str) -> Scale:
         "average, is "
         "advisable."
     )
-    return "none"
 
 
 def check_sublayers(transformer: nn.Module, anatomy: Anatomy, scale: Scale, method: str) -> None:
