@@ -17,7 +17,7 @@ FOLDER = ROOT / "docs" / "results"
 _CARDS = {
     "multilevel": ("vcycle", "vcycle-paper", "small-expanded", "vcycle-ltd"),
     "layer_dropping": (
-        *("pld-paper", "pld-unscaled", "dropping-decreasing", "dropping-unscaled"),
+        *("pld-paper", "pld-unscaled", "pld", "pld-plain", "dropping-decreasing", "dropping-unscaled"),
         *("sbld", "sbld-later", "sbld-unscaled", "sbld-both"),
     ),
     "token_dropping": ("ltd", "ltd-ltlr", "dense-ltlr", "ltd-route", "ltd-input", "ltd-patches", "vcycle-ltd"),

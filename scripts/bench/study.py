@@ -167,10 +167,15 @@ _SBLD_NOW = Arm(
     "SBLD, defaults: unscaled, measured late",
     callbacks=(("SensitivityLayerDropping", {"warmup": 0.1, "scale": "none"}),),
 )
-_PLD_NOW = Arm("pld", "PLD, defaults (exploratory)", callbacks=(("ProgressiveLayerDropping", {}),))
-_PLD_PLAIN = Arm(
+# As its defaults were when it was run.
+_PLD_SCALED = Arm(
+    "pld",
+    "PLD, first defaults: scaled (exploratory)",
+    callbacks=(("ProgressiveLayerDropping", {"scale": "block"}),),
+)
+_PLD_NOW = Arm(
     "pld-plain",
-    "PLD, defaults but unscaled (exploratory)",
+    "PLD, defaults: unscaled (exploratory)",
     callbacks=(("ProgressiveLayerDropping", {"scale": "none"}),),
 )
 _VCYCLE = ("MultiLevelTraining", {})
@@ -243,8 +248,8 @@ _GPT_ARMS = (
     replace(_SBLD_NOW, title=f"{_SBLD_NOW.title} (exploratory)"),
     # Added on 2026-11-23, when all of the above had been read: PLD had not been run as it is by default, nor without a
     # scale, which had hurt the other two kinds of dropping.
+    _PLD_SCALED,
     _PLD_NOW,
-    _PLD_PLAIN,
 )
 
 # The other rungs: a vision model and an encoder, each method once, with fewer trials.
@@ -300,8 +305,8 @@ _VIT_ARMS = (
         "patches dropped at the input",
         callbacks=(("RandomLTD", {**_LTD, "scope": "input"}),),
     ),
+    _PLD_SCALED,
     _PLD_NOW,
-    _PLD_PLAIN,
 )
 
 # The windows are short because a model as small as this one is stuck for longer the more positions it has: on
@@ -353,7 +358,8 @@ _BERT_ARMS = (
         "PLD as published, unscaled",
         callbacks=(("ProgressiveLayerDropping", {"scale": "none", "sampler": "bernoulli"}),),
     ),
-    _PLD_NOW,
+    # Its default had no scale from the first where norms stand after the blocks.
+    replace(_PLD_NOW, name="pld"),
 )
 
 RUNGS: dict[str, Rung] = {rung.name: rung for rung in (GPT, VIT, BERT)}
