@@ -91,7 +91,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if path.is_file() and (damage := _damage(path)) is not None:
             raise MisconfigurationException(f"{path} {damage}. Resume from another one.{_others(path)}")
         checkpoint = super().load_checkpoint(path, map_location, weights_only)
-        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        # A process that Lightning has spawned hands its weights alone to the one that goes on, in a file of this name.
+        is_handed_over = path.name == ".temp.ckpt"
+        if not is_handed_over and (not isinstance(checkpoint, dict) or "state_dict" not in checkpoint):
             raise MisconfigurationException(
                 f"{path} is no checkpoint of a run: it has no state_dict. Weights alone are loaded with "
                 f"model.load_state_dict, before fit is called.{_others(path)}"

@@ -8,7 +8,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lit_accel.schedules import Decay, decay_factor, num_steps_of, warmup_decay_factor
 
-SCHEDULED_LR = "scheduled_lr"
+# A name of our own: Schedule-Free optimizers have a scheduled_lr.
+SCHEDULED_LR = "lit_accel_scheduled_lr"
 """Where a parameter group holds the schedule's own learning rate while what it trains with is a multiple of that."""
 
 

@@ -9,7 +9,7 @@ the schedulers that hold the optimizers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,7 @@ class ResizeMixin(Strategy):
             self._pl_static_graph_delay_done = False
         self.setup(trainer)
         require_all_optimized(module, self.optimizers)
-        restore_options(options, self.optimizers)
+        restore_options(options, self.optimizers, but=_COUNTERS if carry is None else ())
         for config, state in zip(self.lr_scheduler_configs, schedules, strict=True):
             config.scheduler.load_state_dict(state)
         if carry is not None:
@@ -194,8 +194,20 @@ def require_same_groups(options: list[list[dict[str, Any]]], optimizers: list[Op
         )
 
 
-def restore_options(options: list[list[dict[str, Any]]], optimizers: list[Optimizer]) -> None:
+# What some optimizers count for a whole group: LAMB and Adan of timm, and those that are free of a schedule. Beside new
+# moments it would say that these are old, and corrections of their bias would be left out.
+_COUNTERS = ("step", "k", "weight_sum", "lr_max")
+
+
+def restore_options(
+    options: list[list[dict[str, Any]]], optimizers: list[Optimizer], but: Collection[str] = ()
+) -> None:
     """Put back what :func:`group_options` returned, an entry an optimizer.
+
+    Args:
+        options: What it returned.
+        optimizers: The optimizers.
+        but: What stays as it is there.
 
     Raises:
         MisconfigurationException: If the optimizers have other numbers of groups.
@@ -203,4 +215,4 @@ def restore_options(options: list[list[dict[str, Any]]], optimizers: list[Optimi
     require_same_groups(options, optimizers)
     for optimizer, groups in zip(optimizers, options, strict=True):
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
-            group.update(saved)
+            group.update({key: value for key, value in saved.items() if key not in but})

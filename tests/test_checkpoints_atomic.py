@@ -156,6 +156,13 @@ def test_refuses_what_is_none(path):
         AtomicCheckpointIO().load_checkpoint(path.with_name("none.ckpt"))
 
 
+def test_takes_the_weights_that_a_spawned_process_hands_over(path):
+    """Lightning writes them bare, into a file of this name in a folder of its own."""
+    handed = path.with_name(".temp.ckpt")
+    AtomicCheckpointIO().save_checkpoint({"weight": torch.ones(2)}, handed)
+    assert torch.equal(AtomicCheckpointIO().load_checkpoint(handed)["weight"], torch.ones(2))
+
+
 def test_reads_files_of_the_old_format(path):
     torch.save(OLD, path, _use_new_zipfile_serialization=False)
     assert step_of(path) == 1

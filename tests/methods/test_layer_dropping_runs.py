@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -194,6 +195,31 @@ def test_a_batch_whose_gradients_overflow_is_not_measured(tmp_path, steps):
 
 
 # Measuring
+
+
+def test_a_step_that_takes_no_notice_of_a_batch_is_not_measured(tmp_path):
+    """As many skip one whose loss is not finite."""
+
+    class Skips(Indexed):
+        is_skipped = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            # As it is measured, without gradients; a step of training is never skipped here.
+            return None if self.is_skipped and not torch.is_grad_enabled() and self.trainer.global_step < 5 else loss
+
+    def train(is_skipped):
+        method, module = METHODS["ablate"](), Skips()
+        module.is_skipped = is_skipped
+        run(tmp_path, [method], module=module)
+        return method.history.measured_at[0], method.history.sensitivities
+
+    first, _ = train(False)
+    assert first < 5
+    with pytest.warns(UserWarning, match=r"the loss was not finite at step.*nothing new is known until then"):
+        measured, sensitivities = train(True)
+    assert measured >= 5
+    assert all(math.isfinite(value) for values in sensitivities for value in values)
 
 
 @pytest.mark.parametrize("kind", ["draws", "calls twice"])

@@ -282,7 +282,7 @@ def test_a_factor_goes_with_the_rule_that_it_is_of(tmp_path, before, scheduler):
     trainer.save_checkpoint(tmp_path / "changed.ckpt")
     resumed, trainer = run(without, tmp_path / "changed.ckpt")
     assert resumed.rates == pytest.approx(never.rates[5:], rel=1e-12)
-    assert all("scheduled_lr" not in group for group in trainer.optimizers[0].param_groups)
+    assert all("lit_accel_scheduled_lr" not in group for group in trainer.optimizers[0].param_groups)
 
 
 def test_a_checkpoint_from_before_the_rules_of_the_learning_rate_were_in_it(tmp_path):

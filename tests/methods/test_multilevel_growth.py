@@ -22,12 +22,13 @@ from lit_accel import (
 )
 from lit_accel.anatomy import AnatomyError, anatomy_of
 from lit_accel.compute import read_ledger
-from lit_accel.methods.multilevel import coalesce, level_map
+from lit_accel.methods.multilevel import Interpolation, coalesce, level_map
 from lit_accel.methods.multilevel.maps import grown_size
 from lit_accel.methods.multilevel.phases import lr_factor, resolve_phases
+from lit_accel.methods.multilevel.stored import StoredLevels
 from lit_accel.strategies import ResizableDDPStrategy
 from tests.models import ALL_MODELS, make_model
-from tests.training import TinyModule, loader, make_trainer
+from tests.training import SIZE, TinyModule, loader, make_trainer
 
 PHASES = [Phase(1, 4), Phase(0)]
 
@@ -296,3 +297,15 @@ def test_bad_input(tmp_path):
     swin = anatomy_of(make_model("swin", heads=2, head_dim=4, ffn=8, blocks=1))
     with pytest.raises(AnatomyError, match="2 stages"):
         grown_size(swin, [(2, [1, 2, 1])])
+
+
+def test_what_is_drawn_does_not_depend_on_the_device_of_the_run():
+    """A resize makes what it makes on that device, which a generator of the CPU cannot serve."""
+    stored = StoredLevels(Interpolation(1.0, 1.0), "project", 0.02)
+    anatomy = anatomy_of(make_model("gpt2-tied", **SIZE))
+    origins = dict(make_model("gpt2-tied", **SIZE).named_parameters())
+    drawn = stored._fresh(anatomy, origins, 0)
+    with torch.device("meta"):
+        again = stored._fresh(anatomy, origins, 0)
+    assert drawn.keys() == again.keys()
+    assert all(torch.equal(drawn[name], again[name]) for name in drawn)

@@ -120,3 +120,44 @@ def test_the_default_cycle_has_the_lengths_of_the_documentation():
     """5 % of the steps in each level on the way down, and half of them in small models on the way up."""
     assert v_cycle(1) == [Phase(0, 0.05), Phase(1, 0.5), Phase(0)]
     assert v_cycle(2) == [Phase(0, 0.05), Phase(1, 0.05), Phase(2, 0.25), Phase(1, 0.25), Phase(0)]
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in its groups, as LAMB and Adan of timm do."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            self.counts.append(group["step"])
+        return loss
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Has a key of its own that is called as what a scheduler says."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group["scheduled_lr"] = 0.0
+
+
+def test_who_begins_with_new_moments_begins_to_count_anew(tmp_path):
+    Counting.counts = []
+    method = MultiLevelTraining(phases=[Phase(0, 2), Phase(1, 3), Phase(0)], optimizer_state="reset")
+    make_trainer(tmp_path, callbacks=[method], max_steps=8).fit(TinyModule(optimizer=Counting), loader())
+    assert Counting.counts == [1, 2, 1, 2, 3, 1, 2, 3]
+
+
+@pytest.mark.parametrize("rule", ["continue", "rewarm"])
+def test_the_learning_rate_of_an_optimizer_without_a_schedule_is_its_own(tmp_path, rule):
+    def rates(optimizer):
+        method = MultiLevelTraining(
+            phases=[Phase(0, 2), Phase(1, 3), Phase(0)], optimizer_state="reset", learning_rate=rule
+        )
+        module = TinyModule(optimizer=optimizer)
+        make_trainer(tmp_path, callbacks=[method], max_steps=8).fit(module, loader())
+        return module.rates
+
+    assert rates(ScheduleFree) == rates(torch.optim.SGD)
+    assert 0 not in rates(ScheduleFree)

@@ -5,11 +5,13 @@ What the step writes into its batch is lost too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def training_loss(pl_module: L.LightningModule, batch: Any, batch_idx: int) -> T
         batch_idx: Its index.
 
     Raises:
-        MisconfigurationException: If it returns no loss.
+        MisconfigurationException: If what it returns holds no loss.
         RuntimeError: If it fails.
     """
     try:
@@ -50,6 +52,9 @@ def training_loss(pl_module: L.LightningModule, batch: Any, batch_idx: int) -> T
             "behind, such as their entries of hidden_states, is missing then. Use an estimator that needs no call "
             'of its own: "taylor", "ratio" or "cos".'
         ) from error
+    if output is None:
+        # How a step says that it takes no notice of a batch, such as one whose loss is not finite.
+        return torch.tensor(math.nan)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(

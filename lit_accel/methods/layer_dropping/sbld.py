@@ -352,6 +352,11 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
             if total > 0:
                 # The factor of a gradient scaler is in them, and changes.
                 values = [value / total for value in values]
+        elif not any(math.isfinite(values[index]) for index in self.units):
+            # The full model's loss was not finite, or its step took no notice of the batch: nothing was measured.
+            self._warn_of_overflow(trainer.global_step)
+            self._next = trainer.global_step + max(1, self._interval)
+            return
         self._collected.append(values)
         num_affordable = self._affordable(trainer)
         if len(self._collected) < min(self.num_batches, max(1, math.floor(num_affordable))):
@@ -394,10 +399,13 @@ class SensitivityLayerDropping(BudgetedLayerDropping):
     def _warn_of_overflow(self, step: int) -> None:
         if not self._has_warned_of_overflow:
             self._has_warned_of_overflow = True
+            is_gradient = self.estimator == "taylor"
+            what = "gradients were" if is_gradient else "the loss was"
+            until = "all blocks run" if is_gradient else "nothing new is known"
             rank_zero_warn(
-                f"{type(self).__name__}: gradients were not finite at step {step}, where sensitivities were measured. "
-                "That batch does not count, another one is measured, and all blocks run until then. With a gradient "
-                "scaler this happens now and then; without one the training has diverged."
+                f"{type(self).__name__}: {what} not finite at step {step}, where sensitivities were measured. That "
+                f"batch does not count, another one is measured, and {until} until then. With a gradient scaler this "
+                "happens now and then; without one the training has diverged."
             )
 
     def _on_unseen_call(self) -> None:

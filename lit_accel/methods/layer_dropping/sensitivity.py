@@ -58,7 +58,7 @@ def ablate(routing: BlockRouting, loss: Callable[[], Tensor], units: Sequence[in
         return output
 
     with routing.probe(record):
-        full = loss().double().item()
+        full = loss().item()
     changes = []
     for unit in units:
         before = {index: iter(calls) for index, calls in outputs.items()}
@@ -69,7 +69,7 @@ def ablate(routing: BlockRouting, loss: Callable[[], Tensor], units: Sequence[in
             return routing.skip(call) if call.index == unit else run(call)
 
         with routing.probe(leave_out):
-            changes.append(loss().double().item() - full)
+            changes.append(loss().item() - full)
     return full, changes
 
 

@@ -103,7 +103,7 @@ def updated(
         by_gradient = by_gradient if bool((scores > 0).any()) else 0
         grown = highest(scores, by_gradient, candidates)
     if change.num_grown > by_gradient:
-        draws = torch.rand(mask.shape, generator=generator).to(mask.device)
+        draws = torch.rand(mask.shape, generator=generator, device="cpu").to(mask.device)
         grown = grown | highest(draws, change.num_grown - by_gradient, candidates & ~grown)
     return kept | grown
 

@@ -88,9 +88,10 @@ class StoredLevels:
             # Vectors (norms, biases, scales) begin constant in every initialisation: they have no fine part. Nor has
             # what is frozen: there it would be noise that is never trained away.
             if len(layout.dims) < 2 or not origin.requires_grad:
-                drawn[name] = torch.zeros(shape, dtype=origin.dtype)
+                drawn[name] = torch.zeros(shape, dtype=origin.dtype, device="cpu")
             else:
-                noise = torch.randn(shape, generator=generator(_FRESH, level, index))
+                # A resize makes what it makes on the device of the run, which a generator of the CPU cannot serve.
+                noise = torch.randn(shape, generator=generator(_FRESH, level, index), device="cpu")
                 drawn[name] = (self.fresh_std * noise).to(origin.dtype)
         return drawn
 
