@@ -275,6 +275,7 @@ def rebuild_recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
 
     Raises:
         AnatomyError: If :func:`recorded_size` refuses the checkpoint.
+        MisconfigurationException: If it does, or weights of the transformer are not in it.
     """
     size = recorded_size(module, checkpoint)
     if size is None:
@@ -282,11 +283,36 @@ def rebuild_recorded_size(module: nn.Module, checkpoint: Mapping[str, Any]) -> N
     _require_growth(module, size, checkpoint[CHECKPOINT_KEY].get("resized_by", []))
     path, transformer = find_transformer(module)
     anatomy = anatomy_of(transformer)
-    replace_transformer(module, path, build_resized(transformer, anatomy, size))
+    resized = build_resized(transformer, anatomy, size)
+    # The weights of a sharded checkpoint are in other files than what is known here.
+    if "state_dict" in checkpoint:
+        _require_weights(path, resized, checkpoint["state_dict"])
+    replace_transformer(module, path, resized)
     rank_zero_info(
         f"lit-accel: the checkpoint was written at another size; {path} is now a {anatomy.family} with "
         f"{anatomy.at(size).num_parameters:,} parameters instead of {anatomy.num_parameters:,}."
     )
+
+
+def _require_weights(path: str, resized: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint without some weights of a model that was only allocated.
+
+    At its own size a module keeps what it was built with where a checkpoint has nothing; here that is any memory.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in resized.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(f"{path}.{name}")
+    # What is tied is loaded under any of its names.
+    missing = [tied[0] for tied in names.values() if not any(name in weights for name in tied)]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise MisconfigurationException(
+            f"The checkpoint was written at another size of {path} and lacks {len(missing)} of its parameters: "
+            f"{', '.join(missing[:3])}{more}. What the module was built with has another shape and cannot take their "
+            "place, whatever strict_loading or strict says. Save all parameters of the transformer, frozen ones too "
+            "(in on_save_checkpoint or state_dict), or use a checkpoint of a phase at the size that the module is "
+            "built with."
+        )
 
 
 def _resizing(module: nn.Module) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from functools import partial
 
 import lightning.pytorch as L
 import pytest
@@ -90,6 +91,62 @@ def test_evaluation_with_a_stock_trainer(tmp_path, small_checkpoint):
 def test_load_from_checkpoint(small_checkpoint):
     path, weights = small_checkpoint
     assert_is_small(OwnHooks.load_from_checkpoint(path), weights)
+
+
+class LeavesOut(OwnHooks):
+    """Does not save what is frozen, as Lightning allows: at its own size the constructor makes it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False
+        self.net.transformer.wpe.requires_grad_(False)
+
+    def on_save_checkpoint(self, checkpoint):
+        super().on_save_checkpoint(checkpoint)
+        kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in kept}
+
+
+@pytest.fixture(scope="module")
+def checkpoints_without_frozen(tmp_path_factory):
+    """Checkpoints of a cycle, of which each lacks the weights that are frozen."""
+    folder = tmp_path_factory.mktemp("frozen")
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [MultiLevelTraining(phases=PHASES), save]
+    make_trainer(folder, callbacks=callbacks, enable_checkpointing=True, max_steps=12).fit(LeavesOut(), loader())
+    return folder
+
+
+@pytest.mark.parametrize("use", ["fit", "test", "load_from_checkpoint"])
+def test_a_small_checkpoint_without_some_weights_is_refused(tmp_path, checkpoints_without_frozen, use):
+    """What is only allocated would take their place."""
+    path, module = checkpoints_without_frozen / f"step={SMALL_STEP}.ckpt", LeavesOut()
+    net = module.net
+    if use == "load_from_checkpoint":
+        load = partial(LeavesOut.load_from_checkpoint, path, strict=False)
+    else:
+        trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=PHASES)], max_steps=12)
+        load = partial(getattr(trainer, use), module, loader(num_samples=16), ckpt_path=path)
+    with pytest.raises(MisconfigurationException, match=r"lacks 1 of its parameters: net\.transformer\.wpe\.weight\."):
+        load()
+    assert module.net is net
+
+
+def test_a_checkpoint_of_the_size_that_is_there_may_leave_weights_out(tmp_path, checkpoints_without_frozen):
+    module = LeavesOut()
+    frozen = module.net.transformer.wpe.weight.clone()
+    trainer = make_trainer(tmp_path, callbacks=[MultiLevelTraining(phases=[Phase(0)])])
+    trainer.test(module, loader(num_samples=16), ckpt_path=checkpoints_without_frozen / "step=3.ckpt")
+    assert torch.equal(module.net.transformer.wpe.weight, frozen)
+
+
+@pytest.mark.parametrize("left_out", ["net.lm_head.weight", "net.transformer.wte.weight"])
+def test_a_tied_weight_is_needed_once(tmp_path, small_checkpoint, left_out):
+    path, weights = small_checkpoint
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["state_dict"][left_out]
+    torch.save(checkpoint, tmp_path / "once.ckpt")
+    assert_is_small(OwnHooks.load_from_checkpoint(tmp_path / "once.ckpt", strict=False), weights)
 
 
 def test_the_record_is_primitive_and_versioned(small_checkpoint):
