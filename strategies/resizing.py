@@ -9,7 +9,7 @@ the schedulers that hold the optimizers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,8 @@ class ResizeMixin(Strategy):
             What happened; also appended to :attr:`resizes`.
 
         Raises:
-            MisconfigurationException: If called outside of training, if the ranks disagree on the step, or if the
-                new optimizers do not hold every trainable parameter.
+            MisconfigurationException: If called outside of training, if the ranks disagree on the step, if the state
+                of a scheduler holds an optimizer, or if the new optimizers do not hold every trainable parameter.
         """
         started = time.perf_counter()
         module = self.lightning_module
@@ -88,6 +88,7 @@ class ResizeMixin(Strategy):
                 f"Rank {trainer.global_rank} wants to resize at step {trainer.global_step}, rank 0 at another. The "
                 "decision must be the same on all ranks: make it a function of trainer.global_step."
             )
+        require_plain_schedules(config.scheduler for config in self.lr_scheduler_configs)
         num_before = sum(parameter.numel() for parameter in module.parameters())
         options = [group_options(optimizer) for optimizer in self.optimizers]
         schedules = [config.scheduler.state_dict() for config in self.lr_scheduler_configs]
@@ -172,6 +173,38 @@ def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
         {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for group in optimizer.param_groups
     ]
+
+
+def require_plain_schedules(schedulers: Iterable[Any]) -> None:
+    """See that the states of schedulers can be given to others, which schedule other optimizers.
+
+    Args:
+        schedulers: The schedulers.
+
+    Raises:
+        MisconfigurationException: If a state holds an optimizer, or an object that does, such as another scheduler.
+    """
+    for scheduler in schedulers:
+        for name, value in scheduler.state_dict().items():
+            if (held := _holder(value)) is not None:
+                kind = type(scheduler).__name__
+                raise MisconfigurationException(
+                    f"The state of {kind} holds a whole {type(held).__name__}, under {name!r}: after a change of the "
+                    "model's size it would go on with the optimizer of the former model, and the learning rate would "
+                    "stand still. Chain schedulers with torch.optim.lr_scheduler.SequentialLR, or give "
+                    f"{kind} a state_dict and a load_state_dict of its own, with numbers alone."
+                )
+
+
+def _holder(value: Any) -> Any:
+    """Return an optimizer or what has one, if a value of a scheduler's state is it or contains it."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return next((held for each in value if (held := _holder(each)) is not None), None)
+    # A method that a scheduler keeps is bound to that scheduler.
+    value = getattr(value, "__self__", value)
+    return value if isinstance(value, Optimizer) or isinstance(getattr(value, "optimizer", None), Optimizer) else None
 
 
 def require_same_groups(options: list[list[dict[str, Any]]], optimizers: list[Optimizer]) -> None:

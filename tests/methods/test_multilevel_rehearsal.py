@@ -7,6 +7,16 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    CosineAnnealingLR,
+    CyclicLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    SequentialLR,
+)
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_accel import Level, MultiLevelTraining, Phase
@@ -83,6 +93,104 @@ def test_a_run_that_keeps_its_size_may_group_as_it_likes(tmp_path):
     module = Layerwise()
     fit(tmp_path, module, phases=[Phase(0)])
     assert len(module.losses) == 10
+
+
+class Warmup(LRScheduler):
+    """A warm-up with another scheduler after it, as in widely copied code: it has the default state_dict."""
+
+    def __init__(self, optimizer, after):
+        self.after = after
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, epoch=None):
+        if self._step_count < 2:
+            return super().step()
+        self._step_count += 1
+        return self.after.step()
+
+
+class WarmupInList(Warmup):
+    """The same, one level deeper."""
+
+    def __init__(self, optimizer, after):
+        self.parts = ({"part": after},)
+        super().__init__(optimizer, after)
+        del self.after
+
+
+class WithMethod(LRScheduler):
+    """Keeps a method of its own, which stays bound to it."""
+
+    def __init__(self, optimizer, after):
+        self.formula = self.get_lr
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [0.1 / (1 + self.last_epoch) for _ in self.optimizer.param_groups]
+
+
+class OwnState(Warmup):
+    """A warm-up whose state is made of numbers."""
+
+    def state_dict(self):
+        inner = {"after": self.after.state_dict()}
+        return {key: value for key, value in vars(self).items() if key not in ("optimizer", "after")} | inner
+
+    def load_state_dict(self, state_dict):
+        state = dict(state_dict)
+        self.after.load_state_dict(state.pop("after"))
+        vars(self).update(state)
+
+
+class Scheduled(TinyModule):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        after = CosineAnnealingLR(optimizer, 20)
+        return [optimizer], [{"scheduler": self.kind(optimizer, after), "interval": "step"}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Warmup, r"The state of Warmup holds a whole CosineAnnealingLR, under 'after'.*\.SequentialLR"),
+        (WarmupInList, "The state of WarmupInList holds a whole CosineAnnealingLR, under 'parts'"),
+        (WithMethod, "The state of WithMethod holds a whole WithMethod, under 'formula'"),
+    ],
+)
+def test_schedulers_that_would_keep_the_former_optimizer_are_refused_before_training(kind, message, tmp_path):
+    module = Scheduled(kind)
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, module)
+    assert module.losses == []
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        OwnState,
+        lambda optimizer, after: SequentialLR(optimizer, [LinearLR(optimizer), after], [2]),
+        lambda optimizer, after: ChainedScheduler([LinearLR(optimizer), after], optimizer),
+        lambda optimizer, after: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+        lambda optimizer, after: OneCycleLR(optimizer, 0.1, total_steps=20),
+        lambda optimizer, after: CyclicLR(optimizer, 0.01, 0.1),
+    ],
+    ids=["own state", "sequential", "chained", "lambda", "one cycle", "cyclic"],
+)
+def test_schedulers_with_a_state_of_their_own_go_on(kind, tmp_path):
+    rates = []
+    for phases in (CYCLE, [Phase(0)]):
+        module = Scheduled(kind)
+        fit(tmp_path, module, phases=phases)
+        rates.append(module.rates)
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) > 5
 
 
 class Keeping(TinyModule):

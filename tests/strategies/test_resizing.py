@@ -99,6 +99,24 @@ def test_changed_parameter_groups_are_refused(tmp_path):
         make_trainer(tmp_path, callbacks=[Halve()], max_steps=8).fit(Groups(), loader())
 
 
+def test_a_scheduler_that_would_keep_the_old_optimizer_is_refused(tmp_path):
+    class After(torch.optim.lr_scheduler.LambdaLR):
+        def __init__(self, optimizer):
+            self.after = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            super().__init__(optimizer, lambda step: 1.0)
+
+    class Scheduled(TinyModule):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            return [optimizer], [After(optimizer)]
+
+    module = Scheduled()
+    net = module.net
+    with pytest.raises(MisconfigurationException, match="state of After holds a whole ExponentialLR"):
+        make_trainer(tmp_path, callbacks=[Halve()], max_steps=8).fit(module, loader())
+    assert module.net is net
+
+
 def test_several_devices_are_refused():
     with pytest.raises(MisconfigurationException, match="resizable_ddp"):
         L.Trainer(strategy="resizable", accelerator="cpu", devices=2)

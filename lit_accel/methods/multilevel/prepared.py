@@ -32,6 +32,7 @@ from lit_accel.methods.preparation import prepare_run
 from lit_accel.methods.requirements import fetches_itself
 from lit_accel.resizing import begin_anew, full_size, prepare_module, set_full_size
 from lit_accel.run_length import length_of_run
+from lit_accel.strategies.resizing import require_plain_schedules
 
 
 class PreparedLevels(PlannedLevels):
@@ -138,6 +139,8 @@ class PreparedLevels(PlannedLevels):
             learning_rate=self.learning_rate,
             changes_lr=self._changes_lr,
         )
+        if not self.is_neutral:
+            require_plain_schedules(config.scheduler for config in trainer.lr_scheduler_configs)
         # Where checkpoints are loaded later, the model is sharded by now, and another size could only be built from a
         # gathered copy.
         if not (self.is_neutral or trainer.strategy.restore_checkpoint_after_setup):
