@@ -155,18 +155,29 @@ class TrainingGuard(L.Callback):
             trainer.save_checkpoint(path)
             self._saved = path
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Put the weights before the transition back; other callbacks have left the model as it was."""
-        if not isinstance(exception, NonFiniteError) or self._saved is None:
+    def put_back(self, pl_module: L.LightningModule) -> None:
+        """Put the weights before the transition back, when everybody else has left the model as it was.
+
+        Args:
+            pl_module: The module of the run that was stopped.
+        """
+        if self._saved is None or any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
             return
-        if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+        try:
+            # This process wrote it, with whatever hyper-parameters the module has.
+            checkpoint = torch.load(self._saved, map_location="cpu", weights_only=False)
+            device = pl_module.device
+            rebuild_recorded_size(pl_module, checkpoint)
+            # Beside WeightAveraging the others are the average.
+            weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
+            pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
+        except Exception as error:
+            # What has stopped the run is to be told, and not what came of that.
+            rank_zero_warn(
+                f"The module could not be given the weights of {self._saved} again, and is not to be used as it is: "
+                f"{error}"
+            )
             return
-        # This process wrote it, with whatever hyper-parameters the module has.
-        checkpoint = torch.load(self._saved, map_location="cpu", weights_only=False)
-        device = pl_module.device
-        rebuild_recorded_size(pl_module, checkpoint)
-        # Beside WeightAveraging the others are the average.
-        pl_module.load_state_dict(checkpoint.get("current_model_state", checkpoint["state_dict"]))
         pl_module.to(device)
         rank_zero_info(f"The module has the weights of step {checkpoint['global_step']} again.")
 
@@ -202,6 +213,25 @@ class TrainingGuard(L.Callback):
             f"Step {self._step}: {' and '.join(found)}, after a transition at step {start}: {what}. The learning rate "
             f"is {rates}.{before} The optimizer has not applied this step.{saved}"
         )
+
+
+class RollBack(L.Callback):
+    """Does the roll-back of a :class:`TrainingGuard`, at the end of all callbacks.
+
+    The guard stands before those that save. One that saves on exceptions would write the weights from before the
+    transition, with the step, the optimizers and the methods from after it.
+
+    Args:
+        guard: The guard.
+    """
+
+    def __init__(self, guard: TrainingGuard) -> None:
+        self._guard = guard
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Roll back where the guard has stopped the run."""
+        if isinstance(exception, NonFiniteError):
+            self._guard.put_back(pl_module)
 
 
 def _scaler(trainer: L.Trainer) -> Any:

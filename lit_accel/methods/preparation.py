@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lit_accel.checkpoints import write_atomically
 from lit_accel.methods.coordinator import Coordinator, coordinator_of
-from lit_accel.methods.guard import TrainingGuard
+from lit_accel.methods.guard import RollBack, TrainingGuard
 
 
 def prepare_run(trainer: L.Trainer) -> Coordinator:
@@ -32,13 +32,16 @@ def prepare_run(trainer: L.Trainer) -> Coordinator:
 def watch_over(trainer: L.Trainer) -> None:
     """Have checkpoints written atomically, and a guard after all methods and before what saves the model.
 
+    What rolls back comes last: on an exception, others save what the run was stopped with.
+
     Args:
         trainer: The Trainer.
     """
     write_atomically(trainer)
     callbacks: list[L.Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
     guards = [callback for callback in callbacks if isinstance(callback, TrainingGuard)] or [TrainingGuard()]
-    others = [callback for callback in callbacks if callback not in guards]
+    others = [callback for callback in callbacks if not isinstance(callback, (TrainingGuard, RollBack))]
     saving = [callback for callback in others if isinstance(callback, Checkpoint)]
     acting = [callback for callback in others if callback not in saving]
-    trainer.callbacks = [*acting, *guards, *saving]  # type: ignore[attr-defined]
+    rolling_back = [RollBack(guard) for guard in guards if guard.roll_back]
+    trainer.callbacks = [*acting, *guards, *saving, *rolling_back]  # type: ignore[attr-defined]

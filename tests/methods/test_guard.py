@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 
 from lit_accel import (
@@ -23,6 +23,7 @@ from lit_accel import (
     RandomLTD,
     TrainingGuard,
 )
+from lit_accel.methods.guard import RollBack
 from tests.training import TinyModule, loader, make_trainer
 
 STEPS, DOWN, UP = 20, 4, 12
@@ -53,6 +54,10 @@ class Spoiled(TinyModule):
 
 def cycle() -> MultiLevelTraining:
     return MultiLevelTraining(phases=PHASES)
+
+
+def roll_back() -> TrainingGuard:
+    return TrainingGuard(roll_back=True)
 
 
 def fit(folder: Path, module: TinyModule, *callbacks: L.Callback, **options) -> L.Trainer:
@@ -177,6 +182,58 @@ def test_rolls_back(tmp_path, step):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("step", [DOWN, UP])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (partial(ModelCheckpoint, every_n_train_steps=1000, save_on_exception=True, save_last=True), "last"),
+        (OnExceptionCheckpoint, "on_exception"),
+    ],
+)
+def test_what_is_saved_on_the_exception_is_not_rolled_back(tmp_path, step, make, name):
+    """It can be resumed, from the step that was not applied; the module is rolled back all the same."""
+    module, saved = Spoiled(step), tmp_path / "saved"
+    size = sum(parameter.numel() for parameter in module.parameters())
+    with pytest.raises(NonFiniteError):
+        fit(tmp_path, module, cycle(), make(saved), roll_back(), enable_checkpointing=True)
+    assert (sum(parameter.numel() for parameter in module.parameters()) == size) is (step == DOWN)
+
+    whole, resumed = TinyModule(), TinyModule()
+    fit(tmp_path, whole, cycle())
+    make_trainer(tmp_path, callbacks=[cycle()], max_steps=STEPS).fit(resumed, DATA(), ckpt_path=saved / f"{name}.ckpt")
+    assert resumed.losses == whole.losses[step:]
+    for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+class LeavesOut(Spoiled):
+    """Does not save what is frozen."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.strict_loading = False
+        self.net.transformer.wpe.requires_grad_(False)
+
+    def on_save_checkpoint(self, checkpoint):
+        del checkpoint["state_dict"]["net.transformer.wpe.weight"]
+
+
+def test_rolls_back_where_frozen_weights_are_not_saved(tmp_path):
+    module = LeavesOut(DOWN)
+    with pytest.raises(NonFiniteError):
+        fit(tmp_path, module, RandomLTD(start_tokens=4, quantum=1), Composition(dense_warmup=DOWN), roll_back())
+    state = torch.load(tmp_path / "before_transition.ckpt", weights_only=True)["state_dict"]
+    assert "net.transformer.wpe.weight" not in state
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in state.items())
+
+
+def test_a_roll_back_that_fails_does_not_hide_why(tmp_path):
+    """At the size of before, nobody has the weights that are not saved."""
+    with pytest.warns(match="could not be given the weights") as said, pytest.raises(NonFiniteError):
+        fit(tmp_path, LeavesOut(DOWN), cycle(), roll_back())
+    assert any("lacks 1 of its parameters: net.transformer.wpe.weight" in str(each.message) for each in said)
+
+
 def test_rolls_back_whatever_the_hyper_parameters_are(tmp_path):
     """A path among them, for one, is nothing that torch loads as a mere weight."""
 
@@ -244,6 +301,16 @@ def test_the_users_own_is_kept_in_its_place(tmp_path):
     trainer = fit(tmp_path, TinyModule(), mine, method)
     assert [callback for callback in trainer.callbacks if isinstance(callback, TrainingGuard)] == [mine]
     assert trainer.callbacks.index(mine) > trainer.callbacks.index(method)
+
+
+def test_what_rolls_back_is_there_once_at_the_end(tmp_path):
+    """However often a Trainer is prepared."""
+    trainer = fit(tmp_path, TinyModule(), cycle(), ModelCheckpoint(tmp_path), roll_back(), enable_checkpointing=True)
+    trainer.fit_loop.epoch_loop.max_steps += STEPS
+    trainer.fit(trainer.lightning_module, DATA())
+    assert [index for index, each in enumerate(trainer.callbacks) if isinstance(each, RollBack)] == [
+        len(trainer.callbacks) - 1
+    ]
 
 
 def test_a_gradient_scaler_may_overflow(tmp_path):
