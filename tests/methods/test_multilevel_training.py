@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
+import io
 import weakref
 
 import lightning.pytorch as L
@@ -98,6 +100,53 @@ def test_the_paper_policy_gives_each_phase_its_own_schedule(tmp_path):
     fit(tmp_path, MultiLevelTraining(phases=phases, learning_rate="paper"), module=module)
     up, small = [0.25, 0.5, 0.75, 1.0], [2.0, 1.6, 1.2, 0.8, 0.4]
     assert module.rates == pytest.approx([*up, *small, 1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+class CopyInMidRun(L.Callback):
+    """Copies the module in its small phase; whoever copies the Trainer must copy this too."""
+
+    def __init__(self, copy) -> None:
+        self.copy, self.twin = copy, None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 5 and self.twin is None:
+            self.twin = self.copy(pl_module)
+
+    def __reduce_ex__(self, protocol):
+        raise AssertionError("the Trainer is copied")
+
+
+class StepsItsScheduler(TinyModule):
+    def lr_scheduler_step(self, scheduler, metric):
+        scheduler.step()
+
+
+def through_a_file(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, through_a_file])
+@pytest.mark.parametrize("kind", [TinyModule, StepsItsScheduler])
+@pytest.mark.parametrize("policy", ["paper", "rewarm", "continue"])
+def test_a_module_is_copied_in_mid_run_without_the_trainer(tmp_path, copying, kind, policy):
+    phases = [Phase(0, 3), Phase(1, 6, lr_scale=0.5), Phase(0)]
+    watch, module = CopyInMidRun(copying), kind(scheduler=None if policy == "paper" else "cosine")
+    method = MultiLevelTraining([Level(merge_batches=2)], phases, learning_rate=policy)
+    fit(tmp_path, method, watch=watch, module=module, accumulate_grad_batches=2)
+    assert "lr_scheduler_step" not in vars(module)
+    twin = watch.twin
+    assert twin.lr_scheduler_step.__self__ is twin
+    assert twin.lr_scheduler_step.__func__ is kind.lr_scheduler_step
+    assert twin.net.config.n_layer == 2
+    # It is trained as a module that nobody has copied.
+    twin.rates.clear()
+    make_trainer(tmp_path, max_steps=STEPS).fit(twin, loader())
+    plain = kind(scheduler=module.scheduler)
+    make_trainer(tmp_path, max_steps=STEPS).fit(plain, loader())
+    assert twin.rates == plain.rates
 
 
 @pytest.mark.parametrize("setting", ["accumulate", "clip", "bf16-mixed", "bf16-true", "compile", "epochs"])

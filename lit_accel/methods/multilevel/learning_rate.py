@@ -29,8 +29,7 @@ class LearningRateFactor:
 
     def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._trainer, self._module = trainer, pl_module
-        self._scheduler_step = pl_module.lr_scheduler_step
-        pl_module.lr_scheduler_step = self._restore_then_step  # type: ignore[assignment, method-assign]
+        pl_module.lr_scheduler_step = _RestoreThenStep(trainer, pl_module)  # type: ignore[assignment, method-assign]
 
     def apply(self, factor: float) -> None:
         """Set the factor of the coming step."""
@@ -40,9 +39,29 @@ class LearningRateFactor:
         """Give the module its own ``lr_scheduler_step`` back."""
         vars(self._module).pop("lr_scheduler_step", None)
 
-    def _restore_then_step(self, *args: Any) -> None:
+
+class _RestoreThenStep:
+    """Takes the place of a module's ``lr_scheduler_step``; a copy of the module has its own again.
+
+    A bound method would take the whole Trainer along where a module is copied or pickled in mid-run.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+    """
+
+    def __init__(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trainer, self._module = trainer, pl_module
+        # Under this name Lightning finds out whether the user has overridden the hook.
+        self.__wrapped__ = pl_module.lr_scheduler_step
+
+    def __call__(self, *args: Any) -> None:
         restore_scheduled_lr(self._trainer.optimizers)
-        self._scheduler_step(*args)
+        self.__wrapped__(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The copy of the module has no attributes yet when this is called with it, and so its class's own is found.
+        return getattr, (self._module, "lr_scheduler_step")
 
 
 def apply_lr_factor(optimizers: Iterable[Optimizer], factor: float) -> None:
