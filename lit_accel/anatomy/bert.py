@@ -95,7 +95,8 @@ FAMILY = HuggingFaceFamily(
             "output.dense.bias",
         }
     ),
-    token_dims={"hidden_states": (1,), "attention_mask": (-2, -1), "cache_position": (0,)},
+    # Embeddings have used the positions already. Where the model is given them, its blocks hand them on to kernels.
+    token_dims={"hidden_states": (1,), "attention_mask": (-2, -1), "position_ids": (1,), "cache_position": (0,)},
     width_axes=(("embed",), ("heads",), ("ffn",)),
     attributes={"attention.self.num_attention_heads": "heads", "attention.self.all_head_size": "heads*head_dim"},
     axes=_axes,

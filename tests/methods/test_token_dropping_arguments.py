@@ -413,11 +413,22 @@ def test_what_is_in_the_padding_does_not_matter(name, side, implementation):
     x, mask = tokens(model), torch.ones(2, 11, dtype=torch.long)
     mask[0, slice(0, 4) if side == "left" else slice(-4, None)] = 0
     other = torch.where(mask == 1, x, x % 50 + 3)
-    positions = {} if "bert" in name else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    first, second = (model(input_ids=ids, attention_mask=mask, **positions).logits for ids in (x, other))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    first, second = (model(input_ids=ids, attention_mask=mask, position_ids=positions).logits for ids in (x, other))
     assert torch.equal(first[mask == 1], second[mask == 1])
     assert not torch.equal(first[mask == 0], second[mask == 0])
     assert first.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "first"), [("bert-mlm", 0), ("roberta-mlm", 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_encoder_may_be_given_the_positions_that_it_would_give_itself(name, first, batch):
+    # Not twice the same model: it would draw other tokens to drop.
+    told, alone = in_training(name), in_training(name)
+    x = tokens(alone)
+    numbers = torch.arange(first, first + 11).expand(batch, -1)
+    assert torch.equal(told(input_ids=x, position_ids=numbers).logits, alone(input_ids=x).logits)
+    assert not torch.equal(told(input_ids=x, position_ids=numbers.flip(1)).logits, alone(input_ids=x).logits)
 
 
 @pytest.mark.parametrize("name", DECODERS)
