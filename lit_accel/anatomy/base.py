@@ -147,6 +147,8 @@ class Block:
         token_dims: For each argument of the block's forward that has token axes, which dimensions these are.
         branch_outputs: The parameters, named within the block, that are last in a residual branch: scaling
             them scales what the branch adds.
+        flat_masks_are_of_tokens: Whether a mask of two dimensions is one of tokens, (batch, tokens), and never one of
+            pairs.
         place: Where the block's tokens are, one of :attr:`Anatomy.places`.
         numbering: Those of ``token_dims`` that number the tokens of each sequence, for attention kernels to see where
             one ends: among some of the tokens they are numbers anew, and not a part of the old ones.
@@ -167,6 +169,7 @@ class Block:
     attention: Attention
     token_dims: Mapping[str, tuple[int, ...]]
     branch_outputs: frozenset[str]
+    flat_masks_are_of_tokens: bool = False
     place: str = "token"
     numbering: frozenset[str] = frozenset()
     packing: Mapping[str, str] = field(default_factory=dict)

@@ -91,6 +91,8 @@ class HuggingFaceFamily:
                 attention=self.attention(config, index),
                 token_dims=self.token_dims,
                 branch_outputs=self.branch_outputs,
+                # Kernels for padded sequences get them so; masks of pairs have four dimensions in every model.
+                flat_masks_are_of_tokens=True,
                 numbering=self.numbering & self.token_dims.keys(),
                 packing=_PACKING,
                 attributes=self.attributes,

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
+from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from lit_accel.draws import generator
@@ -64,7 +65,7 @@ def mask_of(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize(
     "shape",
-    [(T, T), *((b, h, q, T) for b in (1, B) for h in (1, H) for q in (1, T)), (B, 1, T, 1)],
+    [*((b, h, q, T) for b in (1, B) for h in (1, H) for q in (1, T)), (B, 1, T, 1)],
 )
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_a_mask_means_for_the_kept_tokens_what_it_meant_for_all(name, shape, dtype, request):
@@ -78,6 +79,14 @@ def test_a_mask_means_for_the_kept_tokens_what_it_meant_for_all(name, shape, dty
     assert part.numel() <= B * H * K * K
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_of_pairs_may_have_two_dimensions_with_timm(vit, dtype):
+    mask = mask_of((T, T), dtype)
+    part = restricted(vit, attn_mask=mask).kwargs["attn_mask"]
+    assert part.dtype == dtype
+    assert torch.equal(part.broadcast_to(B, H, K, K), of_each(mask.broadcast_to(B, H, T, T), -1, -2))
+
+
 @pytest.mark.parametrize("shape", [(1, T, T), (H, T, T)])
 def test_a_mask_of_heads_is_not_taken_for_one_of_sequences(vit, shape):
     mask = mask_of(shape, torch.bool)
@@ -89,10 +98,14 @@ def test_a_mask_of_heads_is_not_taken_for_one_of_sequences(vit, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
-def test_a_mask_of_tokens_stays_one(llama, dtype):
-    mask = mask_of((B, T), dtype)
-    part = restricted(llama, attention_mask=mask).kwargs["attention_mask"]
-    assert torch.equal(part, mask.gather(1, KEPT))
+@pytest.mark.parametrize("num_sequences", [1, B, T])
+def test_a_mask_of_tokens_stays_one(llama, dtype, num_sequences):
+    """Also of as many sequences as tokens, where another one of two dimensions would look the same."""
+    kept = sample_tokens(num_sequences, T, K, generator=generator(0))
+    for rows in {1, num_sequences}:
+        mask = mask_of((rows, T), dtype)
+        part = restricted(llama, attention_mask=mask, kept=kept).kwargs["attention_mask"]
+        assert torch.equal(part, mask.expand(num_sequences, T).gather(1, kept))
 
 
 def test_what_is_not_given_stays_so(llama):
@@ -249,6 +262,7 @@ def test_too_many_positional_arguments_are_refused_by_number(llama):
         (SimpleNamespace(shape=(B, 1, T, T)), "is a SimpleNamespace"),
         (torch.ones(B, 1, T, T + 2), "neither one entry nor one for each"),
         (torch.ones(B, T - 1), "neither one entry nor one for each"),
+        (torch.ones(T, T), "11 entries in its first dimension, and there are 3 sequences"),
         (torch.ones(B + 1, 1, T, T), "4 entries in its first dimension, and there are 3 sequences"),
     ],
 )
@@ -257,12 +271,12 @@ def test_a_mask_of_another_form_is_refused(llama, mask, message):
         restricted(llama, attention_mask=mask)
 
 
-def test_a_mask_of_as_many_sequences_as_tokens_is_refused_unless_it_has_four_dimensions(llama):
+def test_a_mask_of_as_many_sequences_as_tokens_is_refused_unless_it_has_four_dimensions(vit):
     kept = sample_tokens(T, T, K, generator=generator(0))
     with pytest.raises(UnroutableArgumentError, match="as many sequences as tokens"):
-        restricted(llama, attention_mask=torch.ones(T, T), kept=kept)
+        restricted(vit, attn_mask=torch.ones(T, T), kept=kept)
     mask = mask_of((T, 1, T, T), torch.bool)
-    part = restricted(llama, attention_mask=mask, kept=kept).kwargs["attention_mask"]
+    part = restricted(vit, attn_mask=mask, kept=kept).kwargs["attn_mask"]
     assert torch.equal(part, of_each(mask, -1, -2, kept=kept))
 
 
@@ -355,6 +369,45 @@ def test_documents_of_a_packed_sequence_do_not_see_each_other(name):
     changed = logits(other, attention_mask=mask)
     assert torch.equal(changed[:, 4:], given[:, 4:])
     assert not torch.equal(changed[:, :4], given[:, :4])
+
+
+@pytest.fixture
+def by_token_mask():
+    """An attention that is given which tokens there are, as flash kernels are; and the masks that it got."""
+    name, seen = "by_token_mask", []
+
+    def attend(module, query, key, value, mask, scaling=None, **kwargs):
+        seen.append(mask)
+        pairs = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool)
+        pairs = pairs.tril() if module.is_causal else pairs
+        # A query that sees nothing would get no number.
+        pairs = pairs if mask is None else pairs & mask[:, None, None].bool() | torch.eye(len(pairs), dtype=torch.bool)
+        attention = torch.nn.functional.scaled_dot_product_attention
+        out = attention(query, key, value, attn_mask=pairs, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, flash_attention_mask)
+    yield name, seen
+    AttentionInterface._global_mapping.pop(name)
+    AttentionMaskInterface._global_mapping.pop(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2-tied", "llama-gqa", "qwen3", "bert-mlm", "roberta-mlm"])
+@pytest.mark.parametrize("num_sequences", [2, 11])
+def test_a_kernel_that_is_given_a_mask_of_tokens_computes_what_masks_of_pairs_say(name, num_sequences, by_token_mask):
+    mask = torch.ones(num_sequences, 11, dtype=torch.long)
+    mask[0, -4:] = mask[1, :2] = 0
+    results = []
+    for implementation in (by_token_mask[0], "sdpa"):
+        model = in_training(name)
+        model.set_attn_implementation(implementation)
+        logits = model(input_ids=tokens(model, num_sequences), attention_mask=mask).logits[mask == 1]
+        logits.logsumexp(-1).mean().backward()
+        results.append((logits, {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert_gradients_equal(results[0][1], results[1][1])
+    assert [part.shape for part in by_token_mask[1]] == [(num_sequences, length) for length in (11, 7, 7, 11)]
 
 
 @pytest.fixture

@@ -59,7 +59,10 @@ def restrict(call: BlockCall, block: Block, hidden_states: Tensor, kept_bk: Tens
         if name in block.numbering:
             return None if value is None else numbers_of_kept(value, kept_bk)
         if name in block.token_dims:
-            return _restrict(name, value, block.token_dims[name], kept_bk, num_tokens)
+            dims = block.token_dims[name]
+            if block.flat_masks_are_of_tokens and len(dims) == 2 and isinstance(value, Tensor) and value.ndim == 2:
+                dims = (1,)
+            return _restrict(name, value, dims, kept_bk, num_tokens)
         if name in block.packing:
             return _packed(name, block.packing, given, kept_bk)
         for tensor in _tensors(value):
