@@ -16,7 +16,7 @@ from lit_accel.anatomy.hugging_face_attention import attend_with
 from lit_accel.draws import generator
 from lit_accel.methods.mixed_sparsity import AttentionPattern
 from lit_accel.methods.mixed_sparsity.attention import PATTERNS
-from lit_accel.methods.mixed_sparsity.flex import flex
+from lit_accel.methods.mixed_sparsity.flex import _block_mask, flex
 from tests.models import make_config, make_model, relative_error, tokens
 
 # What each query i sees of the keys j <= i, by the definition of Sparse Transformers.
@@ -227,6 +227,17 @@ def test_the_kernel_of_accelerators(kind, window, num_tokens):
     actual = flex(pattern, query, key, value, 0.3)
     expected = reference(query, key, value, allowed(kind, window, num_tokens), 0.3)
     assert (actual - expected).abs().max() < 1e-5
+
+
+@KINDS
+def test_what_validation_leaves_to_the_kernel_of_accelerators_can_be_trained_with(kind):
+    """The backward pass refuses to save a tensor of inference mode, in which Lightning validates before it trains."""
+    _block_mask.cache_clear()
+    with torch.inference_mode():
+        mask = _block_mask(AttentionPattern(kind, 8), 300, torch.device("cpu"))
+    tensors = [part for part in mask.as_tuple() if isinstance(part, torch.Tensor)]
+    assert len(tensors) >= 8
+    assert not any(part.is_inference() for part in tensors)
 
 
 @KINDS

@@ -50,4 +50,6 @@ def _block_mask(pattern: AttentionPattern, num_tokens: int, device: torch.device
     def allows(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return pattern.allows(i, j)
 
-    return create_block_mask(allows, None, None, num_tokens, num_tokens, device=device)
+    # The first call may be one of validation, whose tensors the backward pass of a later one could not save.
+    with torch.inference_mode(False):
+        return create_block_mask(allows, None, None, num_tokens, num_tokens, device=device)
