@@ -23,6 +23,7 @@ from lit_accel.compute.phases import Amounts, Phases, saved_share
 from lit_accel.compute.stopwatch import Stopwatch, synchronize
 from lit_accel.compute.summary import phase_table
 from lit_accel.compute.table import FILE_NAME, TableWriter, read_rows, rows_until
+from lit_accel.flat_parameters import refuse_flat_parameters
 from lit_accel.resizing import begin_anew, full_size, prepare_module
 from lit_accel.run_folder import run_folder
 from lit_accel.stored_state import require_readable
@@ -74,6 +75,7 @@ class ComputeLedger(Callback):
     Raises:
         ValueError: If ``monitor`` is no list of names.
         AnatomyError: At ``setup``, if the module holds no transformer of a known family, or several.
+        MisconfigurationException: At ``setup``, if the strategy is FSDP1 or DeepSpeed with ZeRO stage 3.
 
     Example::
 
@@ -117,7 +119,9 @@ class ComputeLedger(Callback):
     # --- life cycle
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the model's present size as the full one, unless a checkpoint will say otherwise."""
+        """Refuse what hides the model; take its present size as the full one, unless a checkpoint says otherwise."""
+        if stage == "fit":
+            refuse_flat_parameters(trainer.strategy, type(self).__name__)
         # A trainer that goes on from its own earlier fit keeps its books, and may have stopped at a small size.
         if stage == "fit" and trainer.global_step == 0:
             self._phases = Phases()

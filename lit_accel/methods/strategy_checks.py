@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lit_accel.flat_parameters import refuse_flat_parameters
 from lit_accel.methods.method import Method
 from lit_accel.resizing import ResizableStrategy
 
@@ -45,6 +46,8 @@ def check_strategy(trainer: L.Trainer, method: Method) -> None:
         check_unused_parameters(trainer, name)
     if method.needs_whole_parameters:
         _check_whole_parameters(trainer.strategy, name)
+    # Last: what a method needs besides says better what to use.
+    refuse_flat_parameters(trainer.strategy, name)
 
 
 def _check_resizable(strategy: Strategy, method: str) -> None:

@@ -40,6 +40,7 @@ from lit_accel.methods.requirements import (
     require_equal_on_ranks,
     require_training_mode,
 )
+from lit_accel.methods.strategy_checks import check_strategy
 from lit_accel.resizing import begin_anew, ensure_built, full_size
 from lit_accel.routing import routing_of
 from lit_accel.run_length import length_of_run
@@ -185,6 +186,9 @@ class LayerDropping(Method):
         if stage != "fit":
             return
         name = type(self).__name__
+        if not self.is_neutral:
+            # Before the model is built under a strategy that would hide it.
+            check_strategy(trainer, self)
         ensure_built(trainer, pl_module)
         transformer = find_transformer(pl_module)[1]
         anatomy = anatomy_of(transformer)

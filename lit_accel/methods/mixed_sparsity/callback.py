@@ -50,6 +50,7 @@ from lit_accel.methods.requirements import (
     require_equal_on_ranks,
     require_training_mode,
 )
+from lit_accel.methods.strategy_checks import check_strategy
 from lit_accel.resizing import ensure_built, full_size
 from lit_accel.run_length import length_of_run
 from lit_accel.stored_state import primitives, require_readable
@@ -213,6 +214,9 @@ class MixedSparsityTraining(PlannedUnits):
         """Refuse whatever could not work, before anything is trained."""
         if stage != "fit":
             return
+        if not self.is_neutral:
+            # Before the model is built under a strategy that would hide it.
+            check_strategy(trainer, self)
         ensure_built(trainer, pl_module)
         transformer = find_transformer(pl_module)[1]
         if trainer.global_step == 0:

@@ -30,6 +30,7 @@ from lit_accel.methods.multilevel.rehearsal import rehearse_optimizers
 from lit_accel.methods.multilevel.stored import StoredLevels
 from lit_accel.methods.preparation import prepare_run
 from lit_accel.methods.requirements import fetches_itself
+from lit_accel.methods.strategy_checks import check_strategy
 from lit_accel.resizing import begin_anew, full_size, prepare_module, set_full_size
 from lit_accel.run_length import length_of_run
 from lit_accel.strategies.resizing import require_plain_schedules
@@ -58,6 +59,9 @@ class PreparedLevels(PlannedLevels):
             with suppress(AnatomyError):
                 self.take_sizes(trainer, pl_module)
             return
+        if not self.is_neutral:
+            # Before the model is built under a strategy that would hide it.
+            check_strategy(trainer, self)
         self.take_sizes(trainer, pl_module)
         if trainer.global_step == 0:
             # What an earlier run of this callback has left; a checkpoint is loaded after this.

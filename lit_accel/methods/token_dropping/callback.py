@@ -32,6 +32,7 @@ from lit_accel.methods.requirements import (
     require_counted_steps,
     require_training_mode,
 )
+from lit_accel.methods.strategy_checks import check_strategy
 from lit_accel.methods.token_dropping.books import TokenBooks, TokenCount
 from lit_accel.methods.token_dropping.deepspeed import translate
 from lit_accel.methods.token_dropping.dropper import Scope, TokenDropper
@@ -170,6 +171,9 @@ class RandomLTD(PlannedTokens):
         """Refuse whatever could not work, before anything is trained."""
         if stage != "fit":
             return
+        if not self.is_neutral:
+            # Before the model is built under a strategy that would hide it.
+            check_strategy(trainer, self)
         ensure_built(trainer, pl_module)
         transformer = find_transformer(pl_module)[1]
         anatomy = anatomy_of(transformer)
