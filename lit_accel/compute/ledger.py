@@ -49,7 +49,8 @@ class ComputeLedger(Callback):
       is the one that the module has where the run begins; a resumed run takes it from its checkpoint.
     - *Seconds* are the wall time of the fit from its first batch's loading to its end, without validation: data
       loading, optimizer, resizes and checkpoints are in it. With several processes it is rank zero's.
-    - Tokens and FLOPs are those of all ranks. Padding counts: the model computes on it.
+    - Tokens and FLOPs are those of all ranks; what a tensor-parallel group does together counts once. Padding counts:
+      the model computes on it.
 
     Logged to every logger, each ``Trainer.log_every_n_steps`` optimizer steps: ``compute/flops``,
     ``compute/dense_flops``, ``compute/tokens``, ``compute/seconds`` (all cumulative), ``compute/saved_share``

@@ -147,6 +147,8 @@ def saved_share(flops: float, dense_flops: float) -> float:
 def sum_over_ranks(counts: list[int], strategy: Strategy, world_size: int) -> list[int]:
     """Add up integers of all ranks, exactly. A collective: every rank must call it.
 
+    Ranks that share their data, as those of one tensor-parallel group do, have counted the same; they count as one.
+
     Args:
         counts: Non-negative integers, or differences that are so in sum.
         strategy: The Trainer's strategy.
@@ -158,4 +160,12 @@ def sum_over_ranks(counts: list[int], strategy: Strategy, world_size: int) -> li
     low_mask = (1 << _LOW_BITS) - 1
     parts = [[count >> _LOW_BITS, count & low_mask] for count in counts]
     summed = strategy.reduce(torch.tensor(parts, dtype=torch.int64, device=strategy.root_device), reduce_op="sum")
-    return [(high << _LOW_BITS) + low for high, low in summed.tolist()]
+    num_sharing = _num_sharing(strategy, world_size)
+    return [((high << _LOW_BITS) + low) // num_sharing for high, low in summed.tolist()]
+
+
+def _num_sharing(strategy: Strategy, world_size: int) -> int:
+    """Return how many ranks have the same data."""
+    # Where Lightning's own samplers look for it, too.
+    sharing_out = getattr(strategy, "distributed_sampler_kwargs", {})
+    return max(1, world_size // (sharing_out.get("num_replicas") or world_size))
