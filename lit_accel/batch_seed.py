@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lit_accel.draws import generator
+from lit_accel.methods.requirements import data_rank
 
 _BATCH = 9  # sets these seeds apart from other draws
 
@@ -20,7 +21,7 @@ class BatchSeed(L.Callback):
 
     A checkpoint of Lightning does not hold the state of random generators: dropout and stochastic depth draw other
     numbers after a resume than they would have drawn, and the run ends elsewhere. With this callback what they draw
-    depends on the seed, the epoch, the batch and the rank alone, and a resumed run is bitwise the uninterrupted one, if
+    depends on the seed, the epoch, the batch and whose part of the data it is of alone, and a resumed run is bitwise the uninterrupted one, if
     it gets the same batches. Those of :mod:`lit_accel.data` do; a ``DataLoader(shuffle=True)``, which draws its order
     before its first batch, does not. The methods of lit-accel need it not: they draw from generators of their own.
 
@@ -49,7 +50,7 @@ class BatchSeed(L.Callback):
         """Seed the generators."""
         # Where Lightning leaves it, for workers and other processes.
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
-        keys = (seed, _BATCH, trainer.current_epoch, batch_idx, trainer.global_rank)
+        keys = (seed, _BATCH, trainer.current_epoch, batch_idx, data_rank(trainer))
         seed = generator(*keys).initial_seed() % 2**32  # what NumPy takes
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002

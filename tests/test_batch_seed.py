@@ -92,3 +92,18 @@ def test_by_default_the_seed_is_that_of_seed_everything(tmp_path):
 def test_refuses_what_is_no_seed(seed):
     with pytest.raises(ValueError, match="it is an integer"):
         BatchSeed(seed)
+
+
+def test_ranks_that_share_their_data_draw_the_same(tmp_path):
+    """As those of a tensor-parallel group do, of whom each computes a part of the same sequences."""
+
+    def drawn(global_rank, data_rank):
+        trainer = make_trainer(tmp_path, strategy="auto", max_steps=1)
+        trainer.strategy.global_rank = global_rank
+        trainer.strategy.distributed_sampler_kwargs = {"num_replicas": 2, "rank": data_rank}
+        with isolate_rng():
+            BatchSeed(3).on_train_batch_start(trainer, TinyModule(), None, 0)
+            return torch.rand(()).item()
+
+    first, beside, other = drawn(0, 0), drawn(1, 0), drawn(2, 1)
+    assert first == beside != other
