@@ -21,9 +21,10 @@ class BatchSeed(L.Callback):
 
     A checkpoint of Lightning does not hold the state of random generators: dropout and stochastic depth draw other
     numbers after a resume than they would have drawn, and the run ends elsewhere. With this callback what they draw
-    depends on the seed, the epoch, the batch and whose part of the data it is of alone, and a resumed run is bitwise the uninterrupted one, if
-    it gets the same batches. Those of :mod:`lit_accel.data` do; a ``DataLoader(shuffle=True)``, which draws its order
-    before its first batch, does not. The methods of lit-accel need it not: they draw from generators of their own.
+    depends on the seed, the epoch, the batch and whose part of the data it is alone, and a resumed run is bitwise the
+    uninterrupted one, if it gets the same batches. Those of :mod:`lit_accel.data` do; a ``DataLoader(shuffle=True)``,
+    which draws its order before its first batch, does not. The methods of lit-accel need it not: they draw from
+    generators of their own.
 
     Generators of Python, NumPy and torch are seeded, on all devices.
 

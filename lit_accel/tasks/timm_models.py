@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from lit_accel.anatomy import AnatomyError, anatomy_of
@@ -101,8 +102,10 @@ def build_classifier(model: str, arguments: Mapping[str, Any], *, pretrained: bo
     """
     import timm
 
+    # A plan needs no weights, and the meta device has no room for them.
+    takes_weights = pretrained and torch.empty(0).device.type != "meta"
     try:
-        classifier = timm.create_model(model, pretrained=pretrained, **arguments)
+        classifier = timm.create_model(model, pretrained=takes_weights, **arguments)
     except (TypeError, AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(
             f"timm cannot build {model!r} from model_kwargs and the shape of the data, {dict(arguments)}: "

@@ -260,6 +260,14 @@ def test_save_pretrained_finds_the_transformer_of_any_module(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_plan_loads_no_weights(tmp_path):
+    make_task().save_pretrained(str(tmp_path / "vit"))
+    with torch.device("meta"):
+        task = ImageClassification(f"local-dir:{tmp_path / 'vit'}", True, num_classes=7, in_chans=1, image_size=8)
+    assert {parameter.device.type for parameter in task.model.parameters()} == {"meta"}
+
+
 def test_a_module_that_writes_itself_is_asked_to(tmp_path):
     """As one of a hub's mixin is, which takes a folder alone."""
 
