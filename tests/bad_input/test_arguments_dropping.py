@@ -80,7 +80,7 @@ ROWS = [
     call(
         "a scale that is none",
         lambda: ProgressiveLayerDropping(scale="blocks"),
-        "scale is 'blocks'; allowed are None, 'block', 'sublayer', 'none'. Did you",
+        "scale is 'blocks'; allowed are 'block', 'sublayer', 'none'. Did you",
     ),
     call("a seed that is text", lambda: ProgressiveLayerDropping(seed="one"), "seed is 'one'; it is a whole number."),
     call(
