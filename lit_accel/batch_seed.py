@@ -10,8 +10,8 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 
+from lit_accel.data_parallel import data_rank
 from lit_accel.draws import generator
-from lit_accel.methods.requirements import data_rank
 
 _BATCH = 9  # sets these seeds apart from other draws
 
@@ -21,10 +21,10 @@ class BatchSeed(L.Callback):
 
     A checkpoint of Lightning does not hold the state of random generators: dropout and stochastic depth draw other
     numbers after a resume than they would have drawn, and the run ends elsewhere. With this callback what they draw
-    depends on the seed, the epoch, the batch and whose part of the data it is alone, and a resumed run is bitwise the
-    uninterrupted one, if it gets the same batches. Those of :mod:`lit_accel.data` do; a ``DataLoader(shuffle=True)``,
-    which draws its order before its first batch, does not. The methods of lit-accel need it not: they draw from
-    generators of their own.
+    depends only on the seed, the epoch, the batch and which part of the data the process sees, and a resumed run is
+    bitwise the uninterrupted one, if it gets the same batches. Those of :mod:`lit_accel.data` do; a
+    ``DataLoader(shuffle=True)``, which draws its order before its first batch, does not. The methods of lit-accel need
+    it not: they draw from generators of their own.
 
     Generators of Python, NumPy and torch are seeded, on all devices.
 

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import Strategy
 
 from lit_accel.anatomy import Anatomy
 from lit_accel.compute.active import Active
+from lit_accel.data_parallel import num_sharing
 
 _LOW_BITS = 31
 
@@ -160,12 +161,5 @@ def sum_over_ranks(counts: list[int], strategy: Strategy, world_size: int) -> li
     low_mask = (1 << _LOW_BITS) - 1
     parts = [[count >> _LOW_BITS, count & low_mask] for count in counts]
     summed = strategy.reduce(torch.tensor(parts, dtype=torch.int64, device=strategy.root_device), reduce_op="sum")
-    num_sharing = _num_sharing(strategy, world_size)
-    return [((high << _LOW_BITS) + low) // num_sharing for high, low in summed.tolist()]
-
-
-def _num_sharing(strategy: Strategy, world_size: int) -> int:
-    """Return how many ranks have the same data."""
-    # Where Lightning's own samplers look for it, too.
-    sharing_out = getattr(strategy, "distributed_sampler_kwargs", {})
-    return max(1, world_size // (sharing_out.get("num_replicas") or world_size))
+    num_counted = num_sharing(strategy, world_size)
+    return [((high << _LOW_BITS) + low) // num_counted for high, low in summed.tolist()]

@@ -76,15 +76,6 @@ def digest_of(decision: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(decision).encode(), digest_size=8).digest(), "little") >> 2
 
 
-def data_rank(trainer: L.Trainer) -> int:
-    """Return which part of the data this process sees; processes that share a sequence have the same.
-
-    Args:
-        trainer: The Trainer.
-    """
-    return int(getattr(trainer.strategy, "distributed_sampler_kwargs", {}).get("rank", trainer.global_rank))
-
-
 DROP_LESS = "Or reduce its depth less, or leave small levels as they are, with Composition(drop_levels=[0])."
 """What else may be done where a small model has too few blocks to drop from."""
 

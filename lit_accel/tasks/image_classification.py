@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_accel.arguments import is_number, require_whole
+from lit_accel.data_parallel import data_rank
 from lit_accel.global_draws import seeded_globals
 from lit_accel.tasks.data_fit import check_image_batch, check_images
 from lit_accel.tasks.metrics import SampleMean
@@ -223,9 +224,7 @@ class ImageClassification(TransformerTask):
 
     def _data_rank(self) -> int:
         """The rank among those with batches of their own; fewer than all where several share one."""
-        if self._trainer is None:
-            return 0
-        return getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"rank": self.global_rank})["rank"]
+        return 0 if self._trainer is None else data_rank(self.trainer)
 
 
 def _held_out_metrics(num_classes: int) -> nn.ModuleDict:

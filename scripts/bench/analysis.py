@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from statistics import fmean, stdev
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 from scipy import stats
@@ -65,6 +65,11 @@ class Gap:
     low: float
     high: float
 
+    @property
+    def outcome(self) -> Literal["beats", "loses", "not told"]:
+        """What the method does to the control, with 95 % confidence."""
+        return "beats" if self.high < 0 else "loses" if self.low > 0 else "not told"
+
 
 @dataclass(frozen=True, eq=False)
 class Reading:
@@ -114,7 +119,7 @@ class Reading:
     @property
     def loses_to_a_control(self) -> bool:
         """Whether it ends higher than dense training of its cost, or than a smaller model, with 95 % confidence."""
-        return any(gap is not None and gap.low > 0 for gap in (self.b1, self.b2))
+        return any(gap is not None and gap.outcome == "loses" for gap in (self.b1, self.b2))
 
     @property
     def realised_share(self) -> tuple[float, float] | None:
@@ -330,12 +335,12 @@ class Evidence:
         Args:
             budget: The budget.
         """
-        known = {
-            reading.in_flops.share: reading
-            for reading in self.smaller_models
+        known = [
+            (reading.in_flops.share, place, reading)
+            for place, reading in enumerate(self.smaller_models)
             if reading.budget == budget and reading.in_flops.share is not None
-        }
-        return known[max(known)] if known else None
+        ]
+        return max(known)[2] if known else None
 
     def better_model(self, reading: Reading, cost: Cost = "flops") -> Reading | None:
         """Return the smaller dense model that does best of those that do better than an arm, if there is one.

@@ -197,7 +197,7 @@ _GPT_ARMS = (
         "layer dropping, decreasing, scaled",
         callbacks=(("ProgressiveLayerDropping", {"direction": "decreasing", "theta": 0.3, "scale": "block"}),),
     ),
-    # As its defaults were when it was run; those of now are the last arm below.
+    # As its defaults were when it was run; those of now are _SBLD_NOW.
     Arm(
         "sbld",
         "SBLD, first defaults: scaled, measured early",

@@ -283,9 +283,7 @@ def _in_short(saving: Saving) -> str:
 
 
 def _outcome(gap: Gap | None) -> str:
-    if gap is None:
-        return "missing"
-    return "beats" if gap.high < 0 else "loses" if gap.low > 0 else "not told"
+    return "missing" if gap is None else gap.outcome
 
 
 def tuning_table(evidence: Evidence) -> str:

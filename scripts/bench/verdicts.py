@@ -82,7 +82,7 @@ def half_rate_is_seen(evidence: Evidence) -> bool | None:
 def _helps(evidence: Evidence, reading: Reading) -> bool:
     saving, p = reading.in_flops, evidence.p_values.get((reading.arm.name, reading.budget), 1.0)
     is_above = saving.low is not None and saving.low > 0 and p < 1 - CONFIDENCE
-    beats_both = all(gap is not None and gap.high < 0 for gap in (reading.b1, reading.b2))
+    beats_both = all(gap is not None and gap.outcome == "beats" for gap in (reading.b1, reading.b2))
     return is_above and beats_both and evidence.better_model(reading) is None
 
 
@@ -119,6 +119,4 @@ def controls(reading: Reading) -> list[str]:
 
 
 def _against(name: str, gap: Gap) -> str:
-    if gap.high < 0:
-        return f"beats {name}"
-    return f"loses to {name}" if gap.low > 0 else f"cannot be told from {name}"
+    return {"beats": "beats", "loses": "loses to", "not told": "cannot be told from"}[gap.outcome] + f" {name}"

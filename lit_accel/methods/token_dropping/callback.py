@@ -22,13 +22,13 @@ from lit_accel.anatomy import (
 from lit_accel.arguments import require_whole
 from lit_accel.compute.observer import TransformerObserver
 from lit_accel.compute.phases import sum_over_ranks
+from lit_accel.data_parallel import data_rank
 from lit_accel.methods.preparation import prepare_run
 from lit_accel.methods.requirements import (
     DROP_LESS,
     check_compilation,
     check_levels,
     check_rules,
-    data_rank,
     require_counted_steps,
     require_training_mode,
 )
